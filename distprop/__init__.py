@@ -1,0 +1,41 @@
+"""Distributed data-parallel training on CPUs: backpropagation in NumPy, gradients averaged over MPI.
+
+>>> import distprop as dp
+>>> from distprop import functional as F
+>>> model = dp.nn.Sequential(dp.nn.Linear(64, 32), dp.nn.ReLU(), dp.nn.Linear(32, 10))
+>>> optimizer = dp.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+>>> trainer = dp.Trainer(model, F.cross_entropy, optimizer, batch_size=128)
+
+The same script runs on one process with `python script.py` and on N with `distprop run -n N script.py`.
+"""
+
+from distprop import comm, data, functional, nn, optim, testing
+from distprop.comm import world
+from distprop.parallel import DataParallel
+from distprop.progress import StepResult
+from distprop.random import manual_seed
+from distprop.tape import no_grad
+from distprop.tensor import Parameter, Tensor, record, tensor
+from distprop.train import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataParallel",
+    "Parameter",
+    "StepResult",
+    "Tensor",
+    "Trainer",
+    "__version__",
+    "comm",
+    "data",
+    "functional",
+    "manual_seed",
+    "nn",
+    "no_grad",
+    "optim",
+    "record",
+    "tensor",
+    "testing",
+    "world",
+]

@@ -1,0 +1,76 @@
+"""All parameters of a model in one array and all their gradients in another.
+
+The layout is last parameter first, the order in which backpropagation finishes gradients, so the gradient array fills
+from the front. Behind the gradients lie a few spare numbers, the control lane: one Allreduce of `message` carries both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+LANE_LENGTH = 16  # numbers behind the gradients
+
+
+class FlatBuffer:
+    """Moves `parameters` into one array each for values and gradients; each parameter becomes a view.
+
+    Attributes:
+        parameters: in layout order, that is reversed.
+        data: all values, `(size,)`.
+        grad: all gradients, `(size,)`.
+        lane: the numbers behind the gradients, `(LANE_LENGTH,)`.
+        message: gradients and lane, one block of memory.
+
+    Raises:
+        TypeError: the parameters have different dtypes.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = tuple(reversed(parameters))
+        dtypes = sorted({str(p.dtype) for p in self.parameters})
+        if len(dtypes) != 1:
+            raise TypeError(
+                f"the parameters of a model need one dtype, got {', '.join(dtypes) or 'none'}; use model.to()"
+            )
+        size = sum(p.data.size for p in self.parameters)
+        self.data: Array = np.empty(size, dtypes[0])
+        self.message: Array = np.zeros(size + LANE_LENGTH, dtypes[0])
+        self.grad, self.lane = self.message[:size], self.message[size:]
+        self._starts: dict[int, int] = {}
+        start = 0
+        for parameter in self.parameters:
+            stop = start + parameter.data.size
+            self._starts[id(parameter)] = start
+            shape = parameter.shape
+            parameter.place_in(self, self.data[start:stop].reshape(shape), self.grad[start:stop].reshape(shape))
+            start = stop
+
+    def span(self, parameter: Parameter) -> tuple[int, int]:
+        """Where `parameter` lies: (start, stop)."""
+        start = self._starts[id(parameter)]
+        return start, start + parameter.data.size
+
+    def holds(self, parameters: Iterable[Parameter]) -> bool:
+        """Whether all of `parameters` still live here; a change of dtype or shape makes one leave."""
+        return all(parameter.buffer is self for parameter in parameters)
+
+
+def fill_missing(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Give a zero gradient to every trainable parameter that has none this step, and return those."""
+    missing = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
+    for parameter in missing:
+        parameter.grad = 0
+    return missing
+
+
+def shared_buffer(parameters: Sequence[Parameter]) -> FlatBuffer:
+    """The one buffer that all `parameters` live in (it may hold more); made if there is none."""
+    first = parameters[0].buffer
+    if isinstance(first, FlatBuffer) and first.holds(parameters):
+        return first
+    return FlatBuffer(parameters)

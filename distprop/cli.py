@@ -1,0 +1,112 @@
+"""The command `distprop`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+class Refusal(click.ClickException):
+    """An error that the user can put right: one message, no traceback, exit status 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="distprop")
+def main() -> None:
+    """Data-parallel training on CPUs: NumPy and MPI."""
+
+
+@main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
+@click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
+@click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
+@click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
+@click.argument("program")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments: tuple[str, ...]) -> None:
+    """Run a Python script on N ranks of this host.
+
+    It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
+    ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
+    Several ranks have no standard input.
+    """
+    _start(ranks, [program, *arguments], module=module, dry_run=dry_run)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
+@click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
+def train(config: Path, settings: tuple[str, ...], ranks: int | None) -> None:
+    """Train what the TOML file CONFIG describes.
+
+    Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
+    """
+    from distprop.config import ConfigError, load_config
+
+    try:
+        loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
+        if ranks is not None:
+            again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
+            _start(ranks, again, module=True)
+            return
+        from distprop.job import train_from_config
+
+        train_from_config(loaded, Path("runs", config.stem))
+    except (ConfigError, FileNotFoundError) as error:
+        raise Refusal(str(error)) from error
+
+
+@main.group()
+def bench() -> None:
+    """Measure this machine; every figure beside what it is compared with, in the same run."""
+
+
+@bench.command()
+@click.option("--sizes", default="784,512,512,10", show_default=True, help="Widths of the network's layers.")
+@click.option("--batch", default=128, show_default=True, help="Rows on each rank.")
+@click.option("--steps", default=300, show_default=True)
+@click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
+def step(sizes: str, batch: int, steps: int, ranks: int | None) -> None:
+    """Time forward, backward, reduction and update of a step, beside a hand-written NumPy loop."""
+    if ranks is not None:
+        again = ["distprop", "bench", "step", "--sizes", sizes, "--batch", str(batch), "--steps", str(steps)]
+        _start(ranks, again, module=True)
+        return
+    from distprop.bench.step import bench_step, show
+    from distprop.comm import world
+
+    try:
+        widths = [int(width) for width in sizes.split(",")]
+    except ValueError as error:
+        raise Refusal(f"--sizes takes whole numbers with commas between them, got {sizes!r}") from error
+    if len(widths) < 2 or min(*widths, batch, steps) < 1:
+        raise Refusal("--sizes takes two widths or more, and every number is at least 1")
+    comm = world()
+    times = bench_step(comm, widths, batch, steps)
+    if comm.rank == 0:
+        click.echo(show(times, widths, batch, comm.size))
+
+
+def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False) -> None:
+    """Start the ranks and leave with their exit status."""
+    from distprop.comm.mpi import MPIMissingError
+    from distprop.launch import LaunchError, plan, run
+
+    try:
+        job = plan(ranks, program, module=module)
+    except (LaunchError, MPIMissingError) as error:
+        raise Refusal(str(error)) from error
+    if dry_run:
+        click.echo(job.shell())
+        return
+    for line in filter(None, (job.description, job.advice)):
+        click.echo(f"distprop: {line}", err=True)
+    sys.exit(run(job))
+
+
+if __name__ == "__main__":
+    main()

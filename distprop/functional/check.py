@@ -1,0 +1,42 @@
+"""Checks that several operations share: each raises before anything is computed and shows what it got."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distprop.tape import Array
+from distprop.tensor import Tensor
+
+
+def floating(operation: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is floating point."""
+    if x.dtype.kind != "f":
+        raise TypeError(
+            f"{operation} got a tensor of dtype {x.dtype}; it needs floating point: convert with .astype(np.float32)"
+        )
+
+
+def same_dtype(operation: str, **tensors: Tensor) -> None:
+    """Raise TypeError unless all are floating point of one dtype: a silent float64 halves the speed."""
+    first, *others = tensors.values()
+    for x in others:
+        if x.dtype != first.dtype or x.dtype.kind != "f":
+            floating(operation, first)
+            found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+            raise TypeError(f"{operation} needs one floating-point dtype, got {found}; convert with .astype(...)")
+
+
+def class_indices(operation: str, target: Array, classes: int, ignore_index: int | None = None) -> None:
+    """Raise unless `target` holds integers in [0, classes), or `ignore_index`."""
+    if target.dtype.kind not in "iu":
+        raise TypeError(f"{operation} needs integer class labels, got dtype {target.dtype}")
+    if target.size and (target.min() < 0 or target.max() >= classes):
+        outside = (target < 0) | (target >= classes)
+        if ignore_index is not None:
+            outside &= target != ignore_index
+        if outside.any():
+            where = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise IndexError(
+                f"{operation} got label {target[where]} at position {', '.join(map(str, where))}; "
+                f"with {classes} classes labels go from 0 to {classes - 1}"
+            )

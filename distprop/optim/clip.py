@@ -1,0 +1,47 @@
+"""Gradient clipping, the remedy for exploding gradients: Pascanu et al., 2013, arXiv:1211.5063.
+
+Call it between `backward()` and `step()`. Under `DataParallel` the gradients are the global mean by then, so every rank
+clips by the same factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+
+def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scale all gradients so that their common Euclidean norm is at most `max_norm`; returns the norm before.
+
+    A norm that is not finite leaves the gradients as they are.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be more than 0, got {max_norm}")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(sum(_squared_norm(gradient) for gradient in gradients))
+    if math.isfinite(norm) and norm > max_norm:
+        for gradient in gradients:
+            gradient *= max_norm / (norm + 1e-6)  # PyTorch's guard against a result just over the limit
+    return norm
+
+
+def clip_grad_value_(parameters: Iterable[Parameter], clip_value: float) -> None:
+    """Clip every element of every gradient to ±`clip_value`."""
+    if not clip_value > 0:
+        raise ValueError(f"clip_value must be more than 0, got {clip_value}")
+    for parameter in parameters:
+        if parameter.grad is not None:
+            np.clip(parameter.grad, -clip_value, clip_value, out=parameter.grad)
+
+
+def _squared_norm(gradient: Array) -> float:
+    with np.errstate(over="ignore"):
+        squared = float(np.vdot(gradient, gradient))
+    if math.isinf(squared):  # float32 squares overflow from 1e19 on
+        squared = float(np.square(gradient, dtype=np.float64).sum())
+    return squared

@@ -1,0 +1,318 @@
+"""Data parallelism: every rank differentiates its share of the batch, one Allreduce makes the mean over all examples.
+
+The mean of the ranks' means is wrong when their shares differ. So each rank's backward pass is weighed with its number
+of examples, the counts travel behind the gradients in the same Allreduce, and the sum is divided by the summed count
+once. A rank without examples sends zeros and takes part like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from distprop.buffer import LANE_LENGTH, FlatBuffer, fill_missing
+from distprop.comm import Communicator, world
+from distprop.nn.module import Module
+from distprop.tape import Array, gradients_needed
+from distprop.tensor import Parameter, Tensor
+
+# The control lane: exact small numbers that are summed with the gradients. Counts are split in two so that each part
+# stays below 2^24, where float32 still counts in ones. The schedule goes with its square: n Σs² = (Σs)² only if all n
+# are equal, so every rank sees a difference, also one whose own number happens to be the mean.
+_LANE = ("examples_high", "examples_low", "schedule", "schedule_squared")
+_SPLIT = 4096
+_SCHEDULES = 64  # the squares stay below 2^12, their sum exact up to 4096 ranks
+MESSAGE_NUMBERS = LANE_LENGTH - len(_LANE)
+
+
+class DivergenceError(RuntimeError):
+    """Parameters that should be equal on all ranks are not."""
+
+
+class ScheduleError(RuntimeError):
+    """The ranks are not at the same step."""
+
+
+class DataParallel:
+    """Wraps `module` so that `loss.backward()` leaves the mean gradient over the examples of all ranks.
+
+    >>> from distprop.nn import Linear
+    >>> parallel = DataParallel(Linear(3, 1))
+    >>> parallel(np.ones((4, 3), np.float32)).mean().backward()    # on each rank with its own share of the batch
+
+    The number of examples is the length of the leading axis of the first argument; the loss is the mean over them.
+    Where that does not fit, call `parallel.backward(loss, examples=n)` instead of `loss.backward()`. Inside `no_sync()`
+    gradients add up locally; the next backward pass outside sends them. As in PyTorch, gradients of several backward
+    passes are summed: divide each loss by their number k, and the result is the exact mean over all their examples,
+    even if the passes differ in size.
+
+    At the start the layout of the parameters is compared between the ranks, the values of rank 0 are broadcast, and a
+    checksum is compared, then again every `verify_every` reductions.
+
+    Args:
+        module: the model; its trainable parameters move into one `FlatBuffer`.
+        comm: the ranks; `world()` by default.
+        verify_every: reductions between two comparisons of parameters; 0 for none after the start.
+
+    Raises:
+        ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
+        TypeError: by a call, when there is no array in the arguments or no tensor in the output.
+        DivergenceError: parameters differ between ranks; names the first one and the ranks.
+        ScheduleError: a rank is at another step.
+    """
+
+    def __init__(self, module: Module, comm: Communicator | None = None, *, verify_every: int = 100) -> None:
+        self.module = module
+        self.comm = comm if comm is not None else world()
+        self.verify_every = verify_every
+        self.received: dict[str, float] = {}
+        named = list(module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in named}
+        self._trained = [parameter for _, parameter in named if parameter.requires_grad]
+        self._frozen = [parameter for _, parameter in named if not parameter.requires_grad]
+        if not self._trained:
+            raise ValueError(f"{type(module).__name__} has no parameter to train")
+        self._compare_layout(named)
+        self._buffer = FlatBuffer(self._trained)
+        self._broadcast()
+        self.verify()
+        self._sending: dict[str, float] = {}
+        self._syncing = True
+        self._forward_pass: _ForwardPass | None = None
+        self._examples_given: float | None = None
+        self._walking = False  # a backward pass is under way
+        self._examples = 0.0  # since the last reduction, on this rank
+        self._backwards = 0
+        self._reductions = 0
+        self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
+        self._warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for this rank's share of the batch."""
+        if self._walking:  # the last backward pass raised; what it put aside belongs to that step
+            self._walking, self._kept = False, None
+        examples = _leading_axis(args, kwargs)
+        output = self.module(*args, **kwargs)
+        if self._forward_pass is None or self._forward_pass.examples != examples:
+            self._forward_pass = _ForwardPass(self, examples)
+        if not _mark(output, self._forward_pass) and gradients_needed(tuple(self._trained)):
+            raise TypeError(
+                f"DataParallel finds no tensor in what {type(self.module).__name__} returned, "
+                f"a {type(output).__name__}, so it could not see the backward pass; "
+                "return tensors, or a list, tuple, mapping or dataclass of them"
+            )
+        return output
+
+    def backward(self, loss: Tensor, *, examples: float) -> None:
+        """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
+
+        The loss need not come from this model, or from anything: a rank without data passes a constant and 0.
+        """
+        if examples < 0:
+            raise ValueError(f"examples must be 0 or more, got {examples}")
+        passes = loss.node.passes if loss.node is not None else ()
+        if any(isinstance(p, _ForwardPass) and p.parallel is self for p in passes):
+            self._examples_given = examples
+            try:
+                loss.backward()
+            finally:
+                self._examples_given = None
+        else:
+            weight = self._begin(examples)
+            if weight and loss.requires_grad:
+                loss.backward(np.full(loss.shape, weight))
+            self._end(weight)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward passes add up gradients on this rank without sending them."""
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def send(self, **numbers: float) -> None:
+        """Let a few numbers travel with the next reduction; afterwards `received` has their sums over the ranks."""
+        if len(numbers) > MESSAGE_NUMBERS:
+            raise ValueError(f"at most {MESSAGE_NUMBERS} numbers travel with the gradients, got {len(numbers)}")
+        self._sending = numbers
+
+    def verify(self) -> None:
+        """Compare all parameters across the ranks, bit for bit. Collective.
+
+        Raises:
+            DivergenceError: names the first parameter that differs, and the ranks.
+        """
+        parameters = [*reversed(self._buffer.parameters), *self._frozen]
+        sums = [_checksum(parameter.data) for parameter in parameters]
+        every_sum = [np.frombuffer(m, np.uint32) for m in self.comm.allgather(np.array(sums, np.uint32).tobytes())]
+        for number, parameter in enumerate(parameters):
+            by_sum: dict[int, list[int]] = {}
+            for rank, of_rank in enumerate(every_sum):
+                by_sum.setdefault(int(of_rank[number]), []).append(rank)
+            if len(by_sum) > 1:
+                groups = sorted(by_sum.values(), key=len)
+                raise DivergenceError(
+                    f"parameter {self._names[id(parameter)]} of shape {parameter.shape} differs between ranks: "
+                    f"{_ranks(groups[0])} against {_ranks(groups[-1])}"
+                )
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The module's parameters."""
+        return self.module.parameters()
+
+    def state_dict(self) -> dict[str, Array]:
+        """The module's state, without a prefix."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Load on every rank; each must load the same."""
+        self.module.load_state_dict(state, strict)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the module to training."""
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        """Switch the module to evaluation."""
+        self.module.eval()
+
+    def _begin(self, examples: float) -> float:
+        """The weight of a backward pass that is about to start."""
+        if not self._buffer.holds(self._trained):
+            self._buffer = FlatBuffer(self._trained)
+        thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
+        if thawed:
+            raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
+        if self._backwards and all(parameter.grad is None for parameter in self._trained):
+            self._examples, self._backwards, self._kept = 0.0, 0, None  # zero_grad() threw the passes so far away
+        fresh = self._backwards == 0 and self._kept is None
+        if fresh and any(parameter.grad is not None for parameter in self._trained):
+            fill_missing(self._trained)
+            self._kept = self._buffer.grad.copy()
+            for parameter in self._trained:
+                parameter.grad = None
+        self._walking = True
+        return examples if self._examples_given is None else self._examples_given
+
+    def _end(self, weight: float) -> None:
+        if not self._walking:  # two forward passes went into one backward pass; it counts once
+            return
+        self._walking = False
+        self._examples += weight
+        self._backwards += 1
+        if self._syncing:
+            self._reduce()
+        elif all(parameter.grad is None for parameter in self._trained):
+            fill_missing(self._trained)  # no examples here; None is what zero_grad() leaves
+
+    def _reduce(self) -> None:
+        """One Allreduce of gradients and lane, then the division that turns sums into means."""
+        self._fill_missing()
+        if self.verify_every and self._reductions % self.verify_every == self.verify_every - 1:
+            self.verify()
+        schedule = (31 * self._reductions + self._backwards) % _SCHEDULES
+        high, low = divmod(self._examples, _SPLIT)
+        lane = self._buffer.lane
+        lane[:] = 0
+        lane[: len(_LANE)] = high, low, schedule, schedule**2
+        lane[len(_LANE) : len(_LANE) + len(self._sending)] = list(self._sending.values())
+        self.comm.allreduce(self._buffer.message)
+        high, low, schedules, squares, *numbers = lane.tolist()
+        if schedules**2 != squares * self.comm.size:
+            raise ScheduleError(
+                f"rank {self.comm.rank} is at reduction {self._reductions} after {self._backwards} backward passes, "
+                "but another rank is not: do all ranks make the same number of steps and of no_sync() passes?"
+            )
+        examples = high * _SPLIT + low
+        self.received = {"examples": examples, **dict(zip(self._sending, numbers, strict=False))}
+        self._buffer.grad *= self._buffer.grad.dtype.type(self._backwards / examples if examples else 0)
+        if self._kept is not None:
+            self._buffer.grad += self._kept
+        self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
+        self._reductions += 1
+
+    def _fill_missing(self) -> None:
+        missing = fill_missing(self._trained)
+        for parameter in self._trained:
+            if not parameter.requires_grad:  # frozen since; its place is summed all the same and must not grow
+                self._buffer.grad[slice(*self._buffer.span(parameter))] = 0
+        if missing and self._examples and not self._warned and self.comm.rank == 0:
+            self._warned = True
+            names = ", ".join(self._names[id(parameter)] for parameter in missing)
+            warnings.warn(f"no gradient reached {names}; it counts as zero (said once)", stacklevel=2)
+
+    def _compare_layout(self, named: list[tuple[str, Parameter]]) -> None:
+        layout = [f"{name} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in named]
+        layout += [f"{name} {buffer.shape} {buffer.dtype} buffer" for name, buffer in self.module.named_buffers()]
+        layouts = [json.loads(message) for message in self.comm.allgather(json.dumps(layout).encode())]
+        for rank, other in enumerate(layouts):
+            if other != layouts[0]:
+                length = min(len(other), len(layouts[0]))
+                at = next((i for i in range(length) if other[i] != layouts[0][i]), length)
+                first, second = (entries[at] if at < len(entries) else "nothing" for entries in (layouts[0], other))
+                raise ValueError(f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}")
+
+    def _broadcast(self) -> None:
+        self.comm.broadcast(self._buffer.data)
+        for array in [*(parameter.data for parameter in self._frozen), *self.module.buffers()]:
+            copy = np.ascontiguousarray(array)
+            array[...] = self.comm.broadcast(copy)
+
+
+class _ForwardPass:
+    """Marks the outputs of a forward pass, so that the backward pass through them is weighed and reduced."""
+
+    def __init__(self, parallel: DataParallel, examples: int) -> None:
+        self.parallel = parallel
+        self.examples = examples
+
+    def begin(self) -> float:
+        return self.parallel._begin(self.examples)
+
+    def end(self) -> None:
+        self.parallel._end(
+            self.parallel._examples_given if self.parallel._examples_given is not None else self.examples
+        )
+
+
+def _mark(output: Any, forward_pass: _ForwardPass) -> bool:
+    """Attach `forward_pass` to every tensor in the output; tells whether there is any."""
+    if isinstance(output, Tensor):
+        if output.node is not None and forward_pass not in output.node.passes:
+            output.node.passes = (*output.node.passes, forward_pass)
+        return True
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, list | tuple):
+        parts = list(output)
+    elif dataclasses.is_dataclass(output):
+        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    else:
+        parts = []
+    marked = [_mark(part, forward_pass) for part in parts]
+    return any(marked)
+
+
+def _leading_axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The number of examples: the length of the first array among the arguments."""
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, Tensor | np.ndarray) and value.ndim:
+            return int(value.shape[0])
+    raise TypeError("DataParallel finds no array among the arguments whose first axis could be the batch")
+
+
+def _checksum(array: Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"

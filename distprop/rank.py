@@ -1,0 +1,101 @@
+"""What `distprop run` starts N times: `python -m distprop.rank script.py ...` runs the script as `python` would.
+
+It closes the gaps in which one failed rank leaves the others waiting for ever. MPI libraries end a job when a rank is
+killed, but not all do so when one raises before MPI is started (MPICH), or exits with a failure afterwards (none does).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Run `sys.argv[1:]`, a script or `-m module` with its arguments; a failure ends the whole job."""
+    _die_with_launcher()
+    _have_no_input()
+    try:
+        _run(sys.argv[1:])
+    except SystemExit as leaving:
+        status = _status(leaving)
+        if status:
+            _end_job(status, patience_seconds=5)
+        sys.exit(status)
+    except BaseException as error:
+        error.__traceback__ = _trace_of_script(error)
+        # After world() the hook is the one that names the rank and aborts the job; it does not return.
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        _end_job(status, patience_seconds=0)
+        sys.exit(status)
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux for a SIGKILL when the parent dies; Open MPI 5 leaves its ranks running when it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _have_no_input() -> None:
+    """Read nothing from standard input, rather than wait: Open MPI 5.0 never passes on that it has ended."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
+def _run(arguments: list[str]) -> None:
+    """As `python` does it: `sys.path` begins with the script's directory, or for a module with the current one."""
+    if arguments[0] == "-m":
+        sys.argv[:] = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = arguments
+        script = Path(arguments[0])
+        if script.is_file() and not sys.flags.safe_path:
+            sys.path[0] = str(script.resolve().parent)
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def _status(leaving: SystemExit) -> int:
+    """The exit status that `sys.exit(code)` asks for; a message is printed and counts as 1."""
+    if leaving.code is None or isinstance(leaving.code, int):
+        return int(leaving.code or 0)
+    print(leaving.code, file=sys.stderr)
+    return 1
+
+
+def _trace_of_script(error: BaseException) -> TracebackType | None:
+    """The traceback without the frames of this file and of runpy, above the script's own."""
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        trace = trace.tb_next
+    return trace
+
+
+def _end_job(status: int, patience_seconds: float) -> None:
+    """End the other ranks; if MPI runs, only those that do not leave with a failure as well in the time given."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpi4py.MPI" in sys.modules:
+        from distprop.comm import mpi
+
+        if mpi.leave(status, patience_seconds):
+            return
+    # MPI was not started here, and other ranks may wait for that. Hydra, MPICH's launcher, wants to be told, in a line
+    # of its PMI protocol; Open MPI's ends the job when this process exits with a failure.
+    if descriptor := os.environ.get("PMI_FD"):
+        os.write(int(descriptor), f"cmd=abort exitcode={status}\n".encode())
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
+        time.sleep(1)  # version 5.0 crashed or hung 7 times in 15 when the others were just connecting to it
+
+
+if __name__ == "__main__":
+    main()

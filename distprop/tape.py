@@ -1,0 +1,176 @@
+"""The tape: what was computed from what, and the walk back along it that is backpropagation.
+
+An operation calls `record(value, inputs, vjp)`. The node it makes holds the inputs and the operation's derivative as a
+vector-Jacobian product: `vjp(grad, out)` takes the gradient of the loss with respect to the value and returns one
+gradient for each input, or None for an input with `requires_grad` False. It must treat `grad` as read-only. `out`
+follows NumPy's convention: `out[i]`, where it is not None, is an array that the i-th gradient may be written into; for
+a parameter it is a slice of the buffer that Allreduce sends, so a matrix product puts its result where it is needed.
+
+Backward visits the nodes in the reverse order of their creation, with a heap: an operation is newer than everything it
+was computed from, so each node is reached when its gradient is complete. No recursion, no global list; a graph that is
+dropped is freed by reference counts, and the order is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distprop.tensor import Tensor
+
+Array: TypeAlias = NDArray[Any]
+Out: TypeAlias = Sequence[Array | None]
+VectorJacobianProduct: TypeAlias = Callable[[Array, Out], Sequence[Array | None]]
+
+
+class BackwardPass(Protocol):
+    """What a wrapper such as `DataParallel` wants to know of the backward passes through its model."""
+
+    def begin(self) -> float:
+        """Called before the walk; returns the weight of this pass, a factor for all of its gradients."""
+
+    def end(self) -> None:
+        """Called when all gradients are there."""
+
+
+class Node:
+    """One operation on the tape."""
+
+    __slots__ = ("__weakref__", "grad", "grad_is_ours", "inputs", "number", "passes", "vjp")
+
+    def __init__(
+        self, inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct, passes: tuple[BackwardPass, ...]
+    ) -> None:
+        self.number = next(_numbers)
+        self.inputs = inputs
+        self.vjp: VectorJacobianProduct | None = vjp
+        self.passes = passes
+        self.grad: Array | None = None
+        self.grad_is_ours = False  # a gradient handed over by a vjp may be shared; a sum that we made may be added to
+
+    def receive(self, gradient: Array) -> bool:
+        """Add one consumer's gradient; tells whether it was the first."""
+        if self.grad is None:
+            self.grad = gradient
+            return True
+        if self.grad_is_ours:
+            self.grad += gradient
+        else:
+            self.grad = self.grad + gradient
+            self.grad_is_ours = True
+        return False
+
+
+def gradients_needed(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether an operation on `inputs` goes on the tape."""
+    if _recording.get():
+        for tensor in inputs:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
+def node_for(inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct) -> Node:
+    """The tape entry of an operation; it inherits the backward passes that its inputs belong to."""
+    passes: tuple[BackwardPass, ...] = ()
+    for tensor in inputs:
+        source = tensor.node
+        if source is not None and source.passes is not passes and source.passes:
+            passes += tuple(p for p in source.passes if p not in passes) if passes else source.passes
+    return Node(inputs, vjp, passes)
+
+
+def walk_back(root: Node, grad: Array) -> None:
+    """Backpropagation: send `grad` from `root` to every leaf that requires a gradient.
+
+    Each node is released as soon as it has been visited, so memory falls while the walk goes on.
+
+    Raises:
+        RuntimeError: a part of the graph was walked before and has been released.
+    """
+    passes = root.passes
+    weight = _common_weight(passes)
+    if weight == 0:  # a rank without examples: whatever the loss says, it contributes nothing
+        root.vjp, root.inputs = None, ()
+    elif weight == 1:
+        _propagate(root, grad)
+    else:
+        _propagate(root, grad * grad.dtype.type(weight))
+    for listener in passes:
+        listener.end()
+
+
+def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
+    weights = {listener.begin() for listener in passes}
+    if len(weights) > 1:
+        raise RuntimeError(
+            f"one backward pass goes through forward passes over different numbers of examples ({sorted(weights)}); "
+            "say how many the loss is a mean over with parallel.backward(loss, examples=n)"
+        )
+    return weights.pop() if weights else 1
+
+
+def _propagate(root: Node, grad: Array) -> None:
+    root.receive(grad)
+    heap = [(-root.number, root)]
+    while heap:
+        node = heapq.heappop(heap)[1]
+        for tensor, gradient, target in _visit(node):
+            source = tensor.node
+            if source is None:
+                tensor.accumulate(gradient, target)
+            elif source.receive(gradient):
+                heapq.heappush(heap, (-source.number, source))
+
+
+def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
+    """Apply one chain rule and release the node; yields (input, its gradient, where it was to be written)."""
+    vjp, grad, inputs = node.vjp, node.grad, node.inputs
+    if vjp is None or grad is None:
+        node.grad = None
+        raise RuntimeError(
+            "backward() went through a part of the graph a second time; its intermediate values are released by the "
+            "first. Add the losses and call backward() once, or compute the forward pass again"
+        )
+    node.vjp, node.grad, node.inputs = None, None, ()
+    out = [tensor.gradient_target() if tensor.requires_grad else None for tensor in inputs]
+    if len(inputs) > 1 and out[0] is not None:
+        for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there
+            if any(inputs[i] is earlier for earlier in inputs[:i]):
+                out[i] = None
+    for tensor, gradient, target in zip(inputs, vjp(grad, out), out, strict=True):
+        if gradient is not None and tensor.requires_grad:
+            yield tensor, gradient, target
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Inside, operations are not recorded: no graph, no memory for it. Also works as a decorator."""
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Undo broadcasting: add up `gradient` over the axes along which an operand of `shape` was repeated."""
+    if gradient.shape == shape:
+        return gradient
+    extra = gradient.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        i + extra for i, n in enumerate(shape) if n == 1 and gradient.shape[i + extra] != 1
+    )
+    return np.asarray(gradient.sum(axis=axes)).reshape(shape)
+
+
+_numbers = itertools.count()
+_recording: ContextVar[bool] = ContextVar("recording", default=True)

@@ -1,0 +1,289 @@
+"""The training loop: batches, steps, evaluation, and the numbers that come out, the same on every rank.
+
+Only reduced numbers leave a step, so a decision that a callback makes from them, such as stopping early, is made by all
+ranks at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from distprop import random
+from distprop.comm import Communicator, world
+from distprop.data.dataset import Dataset
+from distprop.data.loader import Loader, share
+from distprop.nn.module import Module
+from distprop.optim.clip import clip_grad_norm_
+from distprop.optim.optimizer import Optimizer
+from distprop.parallel import DataParallel
+from distprop.progress import MetricsFile, Progress, StepResult, show_progress
+from distprop.tape import Array, no_grad
+from distprop.tensor import Tensor
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+Batch: TypeAlias = Sequence[Array]
+EVALUATION_ROWS = 1024  # rows a rank evaluates at once; has no influence on the result but its rounding
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite; raised on every rank before anything is updated."""
+
+
+Callback: TypeAlias = Callable[[StepResult], object]
+
+
+@dataclass
+class _Tally:
+    """Sums over examples, to be divided once."""
+
+    examples: float = 0.0
+    loss: float = 0.0
+    correct: float = 0.0
+    classifies: bool = False
+
+    def add(self, loss: float, output: Any, target: Array, examples: int) -> None:
+        if not examples:
+            return
+        self.examples += examples
+        self.loss += loss * examples
+        correct = _share_correct(output, target)
+        if correct is not None:
+            self.classifies = True
+            self.correct += correct * examples
+
+
+@dataclass
+class EpochResult:
+    """One line of `Trainer.fit`'s return value."""
+
+    epoch: int
+    loss: float
+    metrics: dict[str, float]
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains `model` on all ranks of `comm`.
+
+    >>> import distprop as dp
+    >>> from distprop import functional as F
+    >>> train_set, test_set = dp.data.load_digits()
+    >>> model = dp.nn.Linear(64, 10)
+    >>> optimizer = dp.optim.SGD(model.parameters(), lr=0.5)
+    >>> trainer = Trainer(model, F.cross_entropy, optimizer, batch_size=64, progress=False)
+    >>> results = trainer.fit(train_set, epochs=2)
+    >>> trainer.evaluate(test_set)["accuracy"] > 0.8
+    True
+
+    Args:
+        model: the network; `model(x)` is given to the loss.
+        loss: a function of (output, target) that is a mean over the examples.
+        optimizer: over the model's parameters.
+        comm: the ranks; `world()` by default.
+        batch_size: rows of the *global* batch; each rank takes its share.
+        seed: names the order of the data and the dropout masks.
+        accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
+        clip_norm: clip the global gradient norm to this.
+        run_dir: a folder for `metrics.jsonl`; made if it is missing.
+        callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
+            training on all.
+        progress: a live bar on rank 0's terminal, plain lines elsewhere.
+
+    Raises:
+        ValueError: an argument out of range.
+        NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        comm: Communicator | None = None,
+        batch_size: int,
+        seed: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        run_dir: str | Path | None = None,
+        callbacks: Iterable[Callback] = (),
+        progress: bool = True,
+    ) -> None:
+        if batch_size < 1 or accumulate < 1:
+            raise ValueError(f"batch_size and accumulate must be at least 1, got {batch_size} and {accumulate}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
+        self.comm = comm if comm is not None else world()
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.parallel = DataParallel(model, self.comm)
+        self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.callbacks = list(callbacks)
+        self.step = 0  # updates made
+        self.epoch = 0  # the epoch that the next step belongs to
+        self.batch = 0  # the batch of that epoch that comes next
+        self._progress = progress
+
+    def fit(
+        self,
+        dataset: Dataset,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        validation: Dataset | None = None,
+    ) -> list[EpochResult]:
+        """Train for `epochs` passes over `dataset`, or for `steps` updates, whichever ends first.
+
+        A further call goes on where the last one stopped. With `validation`, that set is evaluated after each epoch.
+        Returns a line for each epoch; the same on every rank.
+        """
+        if epochs is None and steps is None:
+            raise ValueError("fit() needs epochs or steps")
+        if (epochs or 0) < 0 or (steps or 0) < 0:
+            raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
+        if validation is not None and not len(validation):
+            raise ValueError("fit() got an empty validation set")
+        loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed)
+        last_epoch = math.inf if epochs is None else self.epoch + epochs
+        last_step = math.inf if steps is None else self.step + steps
+        total = min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch)
+        results: list[EpochResult] = []
+        metrics_file = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
+        with metrics_file, show_progress(self._progress and self.comm.rank == 0, int(total)) as progress:
+            while self.epoch < last_epoch and self.step < last_step:
+                tally, stopped = self._run_epoch(loader, last_step, progress, metrics_file)
+                result = EpochResult(self.epoch - (self.batch == 0), *tally)
+                if validation is not None:
+                    result.validation = self.evaluate(validation)
+                results.append(result)
+                metrics_file.write(
+                    {"epoch": result.epoch, "step": self.step, "epoch_loss": result.loss, **result.metrics}
+                    | {f"validation_{name}": value for name, value in result.validation.items()}
+                )
+                progress.epoch(result.epoch, result.loss, result.metrics, result.validation)
+                if stopped:
+                    break
+        return results
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Mean loss, and accuracy where targets are class labels, over all of `dataset`.
+
+        Each rank evaluates its share; sums and counts are reduced, so every example counts once. Dropout and batch
+        statistics are switched off meanwhile.
+        """
+        if not len(dataset):
+            raise ValueError("evaluate() got an empty dataset")
+        mine = share(len(dataset), self.comm.rank, self.comm.size)
+        was_training = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        tally = _Tally()
+        try:
+            with no_grad():
+                for first in range(mine.start, mine.stop, EVALUATION_ROWS):
+                    *inputs, target = dataset[np.arange(first, min(first + EVALUATION_ROWS, mine.stop))]
+                    output = self.model(*inputs)
+                    tally.add(self.loss(output, target).item(), output, target, len(target))
+        finally:
+            for module, training in was_training:
+                module.training = training
+        sums = np.array([tally.examples, tally.loss, tally.correct, tally.classifies])
+        examples, loss, correct, classifies = self.comm.allreduce(sums).tolist()
+        return {"loss": loss / examples} | ({"accuracy": correct / examples} if classifies else {})
+
+    def _run_epoch(
+        self, loader: Loader, last_step: float, progress: Progress, metrics_file: MetricsFile
+    ) -> tuple[tuple[float, dict[str, float]], bool]:
+        """The rest of the current epoch: its (mean loss, mean metrics), and whether a callback stops training."""
+        self.model.train()
+        sums: dict[str, float] = {}
+        examples, loss = 0, 0.0
+        stopped = False
+        for batch in loader.batches(self.epoch, self.batch):
+            result = self._step(batch)
+            self.batch += 1
+            examples += result.examples
+            loss += result.loss * result.examples
+            for name, value in result.metrics.items():
+                sums[name] = sums.get(name, 0.0) + value * result.examples
+            metrics_file.write_step(result)
+            progress.step(result)
+            stopped = self._ask_callbacks(result)
+            if stopped or self.step >= last_step:
+                break
+        if self.batch == len(loader):
+            self.epoch, self.batch = self.epoch + 1, 0
+        return (loss / examples, {name: value / examples for name, value in sums.items()}), stopped
+
+    def _ask_callbacks(self, result: StepResult) -> bool:
+        """Whether a callback on any rank wants to stop; costs one small Allreduce, and only if there are callbacks."""
+        if not self.callbacks:
+            return False
+        wishes = [callback(result) for callback in self.callbacks].count(True)
+        return bool(self.comm.allreduce(np.array([wishes], np.float64))[0])
+
+    def _step(self, batch: Batch) -> StepResult:
+        """Forward, backward, reduction, update."""
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        self._forward_backward(batch)
+        received = self.parallel.received
+        self._refuse_non_finite(received)
+        if self.clip_norm is not None:
+            clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
+        lr = self.optimizer.lr
+        self.optimizer.step()
+        self.step += 1
+        examples = received["examples"]
+        metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
+        seconds = time.perf_counter() - began
+        return StepResult(self.step, self.epoch, received["loss"] / examples, metrics, int(examples), lr, seconds)
+
+    def _forward_backward(self, batch: Batch) -> None:
+        """Gradients of this rank's share, in `accumulate` pieces; the last piece's backward pass reduces them."""
+        tally, place = _Tally(), random.place()
+        for number in range(self.accumulate):
+            piece = share(len(batch[-1]), number, self.accumulate)
+            random.at(place.seed, place.step, place.first_row + piece.start)
+            *inputs, target = (array[piece] for array in batch)
+            output = self.parallel(*inputs)
+            loss = self.loss(output, target)
+            if loss.data.size != 1:
+                raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
+            tally.add(loss.item(), output, target, len(target))
+            weighed = loss if self.accumulate == 1 else loss / self.accumulate
+            if number < self.accumulate - 1:
+                with self.parallel.no_sync():
+                    self.parallel.backward(weighed, examples=len(target))
+        bad = not math.isfinite(tally.loss)
+        self.parallel.send(
+            loss=tally.loss,
+            correct=tally.correct,
+            classifies=tally.classifies,
+            bad=bad,
+            bad_rank=self.comm.rank if bad else 0,
+        )
+        self.parallel.backward(weighed, examples=len(target))
+
+    def _refuse_non_finite(self, received: dict[str, float]) -> None:
+        if received["bad"]:
+            who = f"rank {received['bad_rank']:.0f}" if received["bad"] == 1 else f"{received['bad']:.0f} ranks"
+            raise NonFiniteLossError(
+                f"step {self.step + 1} (epoch {self.epoch}): the loss is not finite on {who} of {self.comm.size}; "
+                "nothing was updated. Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data"
+            )
+
+
+def _share_correct(output: Any, target: Array) -> float | None:
+    """The share of rows (or positions) whose highest score is the label, or None where that makes no sense."""
+    if not isinstance(output, Tensor) or target.dtype.kind not in "iu":
+        return None
+    if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+        return None
+    return float((output.data.argmax(axis=1) == target).mean())

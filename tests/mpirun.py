@@ -1,0 +1,41 @@
+"""Run the parallel tests under mpirun: `python tests/mpirun.py 1 2 3 4` for 1, 2, 3 and 4 ranks.
+
+Each run has a time limit, so a deadlock is a failure and not a wait.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from distprop import launch
+from distprop.comm import mpi
+
+LIMIT_SECONDS = 240
+FOLDER = Path(__file__).parent / "parallel"
+
+
+def main() -> int:
+    library = mpi.library()
+    launcher = launch.find_launcher(library)
+    for ranks in map(int, sys.argv[1:]):
+        print(f"=== {ranks} rank{'s' * (ranks > 1)}, {library.name}", flush=True)
+        pytest = [sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+        flags = launch.launcher_flags(library, ranks, launch.allowed_cores())
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        if library.vendor == "mpich" and ranks > launch.allowed_cores():
+            environment["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+        job = subprocess.Popen([launcher.path, *flags, *pytest], env=environment, stdin=subprocess.DEVNULL)
+        try:
+            status = job.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            job.terminate()
+            print(f"the tests on {ranks} ranks did not end within {LIMIT_SECONDS} s: a deadlock", file=sys.stderr)
+            return 1
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

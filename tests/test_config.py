@@ -1,0 +1,139 @@
+"""The configuration of `distprop train`: read, checked, changed from the command line, saved, and run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from distprop.cli import main
+from distprop.config import Config, ConfigError, load_config, save_config
+from distprop.job import build_model, build_optimizer
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text('[data]\nname = "digits"\n[model]\nhidden = [16]\n[train]\nepochs = 2\n')
+    return path
+
+
+def test_what_is_not_said_has_its_default(toml: Path) -> None:
+    config = load_config(toml)
+    assert config.model.hidden == [16]
+    assert config.train.epochs == 2
+    assert config.optim == Config().optim
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("optim.lr=0.5", 0.5),
+        ("optim.schedule=cosine", "cosine"),
+        ('optim.schedule="cosine"', "cosine"),
+        ("model.hidden=[3, 4]", [3, 4]),
+        ("optim.nesterov=true", True),
+        ("data.root=a=b", "a=b"),
+    ],
+)
+def test_a_setting_changes_one_value(toml: Path, setting: str, expected: object) -> None:
+    section, key = setting.partition("=")[0].split(".")
+    assert getattr(getattr(load_config(toml, [setting]), section), key) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.lrr=0.1", r"optim\.lrr: unknown key; did you mean lr\?"),
+        ("otpim.lr=0.1", r"otpim: unknown key; did you mean optim\?"),
+        ("train.xyzzy=1", r"train\.xyzzy: unknown key; there are loss, epochs"),
+        ("optim.lr=fast", r"optim\.lr: expected `float`, got `str`"),
+        ("optim.lr=-1", r"optim\.lr: expected `float` >= 0"),
+        ("model.hidden=[8, 0]", r"model\.hidden.*expected `int` >= 1"),
+        ("model.dropout=1.0", r"model\.dropout: expected `float` < 1"),
+        ("model.activation=relo", r"model\.activation: invalid enum value 'relo'"),
+        ("train.epochs=2.5", r"train\.epochs: expected `int`, got `float`"),
+        ("train.epochs.x=2", r"epochs is a value, not a section"),
+        ("optim", r"section\.key=value"),
+        (".lr=1", r"section\.key=value"),
+    ],
+)
+def test_a_mistake_names_the_key_and_what_was_expected(toml: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml, [setting])
+
+
+def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.toml: No such file"):
+        load_config(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\n")
+    with pytest.raises(ConfigError, match="broken.toml is not TOML"):
+        load_config(broken)
+
+
+def test_a_saved_configuration_reads_back_as_the_same(toml: Path, tmp_path: Path) -> None:
+    config = load_config(toml, ["optim.lr=0.25", "train.clip_norm=1.5"])
+    save_config(config, tmp_path / "saved.toml")
+    assert load_config(tmp_path / "saved.toml") == config
+
+
+def test_the_model_has_the_configured_layers(toml: Path) -> None:
+    config = load_config(toml, ["model.hidden=[5, 6]", "model.activation=tanh", "model.dropout=0.5"])
+    kinds = [type(layer).__name__ for layer in build_model(config.model, 4, 3)]
+    assert kinds == ["Flatten", "Linear", "Tanh", "Dropout", "Linear", "Tanh", "Dropout", "Linear"]
+
+
+def test_the_schedule_warms_up_and_falls_to_zero(toml: Path) -> None:
+    config = load_config(toml, ["optim.lr=0.4", "optim.schedule=cosine", "optim.warmup_steps=10"])
+    optimizer = build_optimizer(config.optim, build_model(config.model, 4, 3), steps=30)
+    rate = optimizer.param_groups[0]["lr"]
+    assert (rate(0), rate(5), rate(10)) == pytest.approx((0.0, 0.2, 0.4))
+    assert rate(30) == pytest.approx(0.0)
+
+
+def test_train_leaves_the_metrics_and_the_resolved_configuration(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(main, ["train", str(toml), "--set", "train.seed=3"])
+    assert answer.exit_code == 0, answer.output
+    assert "epoch 2" in answer.output
+    run_dir = tmp_path / "runs" / "small"
+    assert load_config(run_dir / "config.toml") == load_config(toml, ["train.seed=3"])
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "epoch_loss" in line] == [0, 1]
+    assert 0 < lines[-1]["validation_accuracy"] <= 1
+
+
+def test_a_second_run_does_not_touch_the_first(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    assert runner.invoke(main, ["train", str(toml)]).exit_code == 0
+    first = (tmp_path / "runs/small/metrics.jsonl").read_bytes()
+    assert runner.invoke(main, ["train", str(toml)]).exit_code == 0
+    assert (tmp_path / "runs/small-2/metrics.jsonl").exists()
+    answer = runner.invoke(main, ["train", str(toml), "--set", "train.run_dir=runs/small"])
+    assert answer.exit_code == 2
+    assert "holds another run" in answer.output
+    assert (tmp_path / "runs/small/metrics.jsonl").read_bytes() == first
+
+
+def test_data_from_npz_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3))
+    np.savez("regression.npz", x=x, y=x @ np.array([[1.0], [2.0], [3.0]]))
+    (tmp_path / "r.toml").write_text(
+        '[data]\nname = "npz"\ntrain = "regression.npz"\n[train]\nloss = "mse_loss"\nepochs = 1\n'
+    )
+    answer = CliRunner().invoke(main, ["train", "r.toml"])
+    assert answer.exit_code == 0, answer.output
+    answer = CliRunner().invoke(main, ["train", "r.toml", "--set", "train.loss=cross_entropy"])
+    assert answer.exit_code == 2
+    assert "cross_entropy needs integer labels, not float32" in answer.output
+    (tmp_path / "bad.npz").write_text("nothing")
+    answer = CliRunner().invoke(main, ["train", "r.toml", "--set", "data.train=bad.npz"])
+    assert answer.exit_code == 2
+    assert "bad.npz is not a .npz file with arrays x and y" in answer.output

@@ -1,0 +1,59 @@
+"""Every example runs, with small arguments, on one process and on two ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_files import mnist_contents
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+LIMIT_SECONDS = 100
+
+# The example, its small arguments, and what its output must match.
+CASES = [
+    ("digits.py", ["--epochs", "4"], r"[89]\d\.\d\d% of the 360 held-out digits are right"),
+    ("single_process.py", ["--epochs", "2"], r"dc/da = 9, dc/db = 2\n.*finite differences\nepoch 2: loss"),
+    ("custom_loop.py", ["--epochs", "3"], r"epoch 3: [89]\d\.\d\d% of the held-out"),
+    ("mnist.py", ["--epochs", "1"], r"% of 60 held-out images are right"),
+    ("mnist.py", ["--recipe", "nielsen", "--epochs", "1", "--limit", "100"], r"% of \d+ held-out images are right"),
+]
+
+
+def test_every_example_is_among_the_cases() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {name for name, _, _ in CASES}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Examples find a small stand-in for MNIST; its images are noise, of MNIST's shape."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mnist").mkdir()
+    for name, content in mnist_contents(train=50_040, test=60).items():
+        (folder / "mnist" / name).write_bytes(content)
+    return {**os.environ, "DISTPROP_DATA": str(folder), "OPENBLAS_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("name", "arguments", "expected"), CASES, ids=lambda value: str(value))
+def test_example(
+    name: str, arguments: list[str], expected: str, ranks: int, environment: dict[str, str], tmp_path: Path
+) -> None:
+    if name == "single_process.py" and ranks > 1:
+        ranks = 1  # it is about one process; the second time is as good as the first
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "distprop", "run", "-n", str(ranks)]
+    answer = subprocess.run(
+        [*launcher, str(EXAMPLES / name), *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert re.search(expected, answer.stdout), answer.stdout
+    assert "Warning" not in answer.stderr
