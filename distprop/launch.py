@@ -71,16 +71,13 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
     program = [*(["-m"] if module else []), *arguments]
     cores = allowed_cores()
     environment, threads = _thread_environment(max(1, cores // ranks))
-    environment["PYTHONUNBUFFERED"] = (
-        "1"  # the ranks' standard output is a pipe; lines are to arrive as they are printed
-    )
     if ranks == 1:
         return Job(1, (sys.executable, *program), environment, f"1 rank on this host, without MPI, {threads}")
 
     library = mpi.library()
     launcher = find_launcher(library)
     environment["DISTPROP_SIZE"] = str(ranks)  # world() refuses a world of another size
-    environment |= _vendor_environment(library.vendor, oversubscribed=ranks > cores)
+    environment |= launcher_environment(library, ranks, cores)
     command = [str(launcher.path), *launcher_flags(library, ranks, cores), sys.executable, "-m", "distprop.rank"]
     return Job(
         ranks,
@@ -138,6 +135,18 @@ def launcher_flags(library: mpi.Library, ranks: int, cores: int) -> list[str]:
     return ["-n", str(ranks)]  # Hydra binds no rank to a core, and shared memory is its first choice on one host
 
 
+def launcher_environment(library: mpi.Library, ranks: int, cores: int) -> dict[str, str]:
+    """What is said to the library in variables instead; the user's own setting of one wins."""
+    wanted = {}
+    if library.vendor == "mpich" and ranks > cores:
+        # A waiting rank sleeps instead of spinning. 8 ranks on 2 cores: 40 ms a step instead of 200 (4.3), 7-11
+        # instead of 16 (5.0). With a core for each rank it would cost 13 ms a step.
+        wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+    if library.vendor == "impi":
+        wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
 def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool) -> list[str]:
     flags = ["-n", str(ranks)]
     # Two ranks would be bound to one core each, which confines their BLAS and loader threads too.
@@ -162,17 +171,6 @@ def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool) -> list[str]:
 def _mca(name: str, value: str) -> list[str]:
     """An Open MPI parameter; the user's own setting of it in the environment wins."""
     return [] if f"OMPI_MCA_{name}" in os.environ else ["--mca", name, value]
-
-
-def _vendor_environment(vendor: str, oversubscribed: bool) -> dict[str, str]:
-    wanted = {}
-    if vendor == "mpich" and oversubscribed:
-        # A waiting rank sleeps instead of spinning. 8 ranks on 2 cores: 40 ms a step instead of 200 (4.3), 7-11
-        # instead of 16 (5.0). With a core for each rank it would cost 13 ms a step.
-        wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
-    if vendor == "impi":
-        wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
-    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _thread_environment(threads: int) -> tuple[dict[str, str], str]:

@@ -126,8 +126,8 @@ class LiveBar(Progress):
 class MetricsFile:
     """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes nothing.
 
-    Lines are flushed once a second, so a reader sees a run that is still going. A full disk ends the file with a line on
-    standard error, not the training.
+    Lines are flushed once a second, so a reader sees a run that is still going. When the disk is full, standard error
+    says so once and training goes on.
     """
 
     def __init__(self, run_dir: Path | None) -> None:

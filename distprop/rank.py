@@ -7,6 +7,7 @@ killed, but not all do so when one raises before MPI is started (MPICH), or exit
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import runpy
 import signal
@@ -22,6 +23,9 @@ def main() -> None:
     """Run `sys.argv[1:]`, a script or `-m module` with its arguments; a failure ends the whole job."""
     _die_with_launcher()
     _have_no_input()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # It is a pipe, on which lines are to arrive as they are printed; and whole, which PYTHONUNBUFFERED prevents.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     try:
         _run(sys.argv[1:])
     except SystemExit as leaving:

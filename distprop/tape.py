@@ -121,14 +121,18 @@ def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
 def _propagate(root: Node, grad: Array) -> None:
     root.receive(grad)
     heap = [(-root.number, root)]
-    while heap:
-        node = heapq.heappop(heap)[1]
-        for tensor, gradient, target in _visit(node):
-            source = tensor.node
-            if source is None:
-                tensor.accumulate(gradient, target)
-            elif source.receive(gradient):
-                heapq.heappush(heap, (-source.number, source))
+    try:
+        while heap:
+            node = heapq.heappop(heap)[1]
+            for tensor, gradient, target in _visit(node):
+                source = tensor.node
+                if source is None:
+                    tensor.accumulate(gradient, target)
+                elif source.receive(gradient):
+                    heapq.heappush(heap, (-source.number, source))
+    finally:
+        for _, node in heap:  # after an error: a later walk through these must not find half a gradient there
+            node.grad, node.grad_is_ours = None, False
 
 
 def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:

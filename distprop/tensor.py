@@ -274,6 +274,8 @@ class Tensor:
 
     def mean(self, dim: Dim = None, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False) -> Tensor:
         """Mean over `dim`, or over everything; 0 over nothing, as every loss over an empty batch is."""
+        if self.dtype.kind != "f":
+            raise TypeError(f"mean() needs floating point, got dtype {self.dtype}")
         axes, keep = self._axes(dim, axis), keepdim or keepdims
         scale = self.dtype.type(1 / max(self._count(axes), 1))
         return _reduction(self, self.data.sum(axis=axes, keepdims=keep) * scale, axes, keep, lambda g: g * scale)
@@ -281,10 +283,19 @@ class Tensor:
     def var(
         self, dim: Dim = None, correction: float = 1, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False
     ) -> Tensor:
-        """Variance over `dim`, divided by n − `correction`; 1, the default, is PyTorch's, 0 is NumPy's."""
+        """Variance over `dim`, divided by n − `correction`; 1, the default, is PyTorch's, 0 is NumPy's; 0 over nothing.
+
+        Raises:
+            ValueError: n is not more than `correction` (PyTorch: nan).
+        """
+        if self.dtype.kind != "f":
+            raise TypeError(f"var() needs floating point, got dtype {self.dtype}")
         axes, keep = self._axes(dim, axis), keepdim or keepdims
-        count = self._count(axes) - correction
-        centred = self.data - self.data.mean(axis=axes, keepdims=True)
+        n = self._count(axes)
+        if 0 < n <= correction:
+            raise ValueError(f"var() over {n} value{'s' if n > 1 else ''} needs a smaller correction than {correction}")
+        count = n - correction if n else 1
+        centred = self.data - self.data.sum(axis=axes, keepdims=True) / self.dtype.type(max(n, 1))
         value = (centred * centred).sum(axis=axes, keepdims=keep) / np.asarray(count, self.dtype)
         return _reduction(self, value, axes, keep, lambda g: g * centred * (2 / count))
 
@@ -309,7 +320,11 @@ class Tensor:
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Merge the axes from `start_dim` to `end_dim`."""
-        first, last = start_dim % max(self.ndim, 1), end_dim % max(self.ndim, 1)
+        if self.ndim == 0:
+            return self.reshape(1)
+        first, last = self._axes((start_dim, end_dim), None)
+        if first > last:
+            raise ValueError(f"flatten() goes from dim {start_dim} on to a later one, got {end_dim} as the last")
         return self.reshape(*self.shape[:first], int(np.prod(self.shape[first : last + 1])), *self.shape[last + 1 :])
 
     def transpose(self, *dims: int) -> Tensor:
@@ -321,10 +336,12 @@ class Tensor:
             order[dims[0]], order[dims[1]] = order[dims[1]], order[dims[0]]
         return self.permute(*(order if dims else order[::-1]))
 
-    def permute(self, *dims: int) -> Tensor:
+    def permute(self, *dims: int | Sequence[int]) -> Tensor:
         """The axes in the order `dims`."""
-        inverse = np.argsort([d % max(self.ndim, 1) for d in dims])
-        return record(self.data.transpose(dims), (self,), lambda grad, out: [grad.transpose(inverse)])
+        wanted: Any = dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
+        order = self._axes(wanted, None)
+        inverse = np.argsort(order)
+        return record(self.data.transpose(order), (self,), lambda grad, out: [grad.transpose(inverse)])
 
     def __getitem__(self, index: Any) -> Tensor:
         index = _plain_index(index)
@@ -367,10 +384,10 @@ class Tensor:
         return bool(self._data)
 
     def __float__(self) -> float:
-        return float(self._data)
+        return float(self._data.item())
 
     def __int__(self) -> int:
-        return int(self._data)
+        return int(self._data.item())
 
     def __len__(self) -> int:
         return len(self._data)
@@ -401,7 +418,7 @@ class Tensor:
         chosen = dim if dim is not None else axis
         if chosen is None:
             return tuple(range(self.ndim))
-        axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+        axes = tuple(chosen) if isinstance(chosen, Sequence) else (chosen,)
         for a in axes:
             if not -self.ndim <= a < self.ndim:
                 raise IndexError(f"dim {a} is out of range for a tensor of shape {self.shape}")
@@ -456,9 +473,9 @@ class Parameter(Tensor):
 
     @grad.setter
     def grad(self, value: ArrayLike | None) -> None:
-        self._grad_is_set = value is not None
         if value is not None:
             self._place()[...] = value
+        self._grad_is_set = value is not None
 
     def gradient_target(self) -> Array | None:
         """The place of the gradient if nothing of this step is in it yet."""
@@ -480,6 +497,10 @@ class Parameter(Tensor):
         if self._grad_is_set:
             grad[...] = self._place()
         self._data, self._grad, self.buffer = data, grad, buffer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the values only; they are in no buffer and have no gradient yet."""
+        return Parameter, (self._data, self.requires_grad)
 
     def _place(self) -> Array:
         if self._grad is None:

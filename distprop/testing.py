@@ -24,7 +24,8 @@ def check_grads(
     all of its derivatives at once. Keep inputs away from kinks such as relu's 0.
 
     Raises:
-        AssertionError: a gradient differs by more than atol + rtol·|expected|; names the input and the element.
+        AssertionError: a gradient has the wrong shape or differs by more than atol + rtol·|expected|; names the input
+            and the element.
 
     >>> check_grads(lambda a, b: a * b + a**3, [2.0, -3.0])
     """
@@ -36,6 +37,8 @@ def check_grads(
     result.backward(cotangent)
     for number, (array, tensor) in enumerate(zip(arrays, tensors, strict=True)):
         found = tensor.grad if tensor.grad is not None else np.zeros_like(array)
+        if found.shape != array.shape:
+            raise AssertionError(f"input {number} of shape {array.shape} got a gradient of shape {found.shape}")
         expected = _central_differences(function, arrays, number, cotangent, eps)
         wrong = ~(np.abs(found - expected) <= atol + rtol * np.abs(expected))
         if wrong.any():

@@ -17,7 +17,7 @@ FLOORS = [
     {"random", "tape", "tensor", "functional", "testing"},
     {"nn", "buffer"},
     {"optim", "comm", "data"},
-    {"parallel"},
+    {"parallel", "fixed_tree"},
     {"checkpoint"},
     {"progress", "train"},
     {"config", "job", "launch", "rank", "bench"},

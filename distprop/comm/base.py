@@ -1,11 +1,12 @@
 """The one seam between training and the outside world: what a group of ranks can do together.
 
-Seven names, the same on every backend. Training code calls them without asking how many ranks there are; in a world of
+Eight names, the same on every backend. Training code calls them without asking how many ranks there are; in a world of
 one they do nothing. Only numbers and bytes travel, never pickled objects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -40,6 +41,15 @@ class Communicator(Protocol):
 
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message, by rank. The lengths may differ."""
+
+    def alltoall(
+        self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
+    ) -> None:
+        """Send `send[send_slices[r]]` to each rank r, and put what comes from it into `receive[receive_slices[r]]`.
+
+        Both arrays have one axis and the same dtype on all ranks; the lengths agree between sender and receiver. They
+        may be the same array if no number is both sent and received.
+        """
 
     def barrier(self) -> None:
         """Return once every rank has arrived."""

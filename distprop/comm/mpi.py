@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,15 @@ class MPICommunicator:
         gathered = bytearray(int(starts[-1]))
         self._comm.Allgatherv([message, self._MPI.BYTE], [gathered, lengths, starts[:-1], self._MPI.BYTE])
         return [bytes(gathered[a:b]) for a, b in itertools.pairwise(starts)]
+
+    def alltoall(
+        self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
+    ) -> None:
+        """A slice for each rank, with Alltoallv."""
+        check_contiguous(receive)
+        counts = [[piece.stop - piece.start for piece in slices] for slices in (send_slices, receive_slices)]
+        starts = [[piece.start for piece in slices] for slices in (send_slices, receive_slices)]
+        self._comm.Alltoallv([send, (counts[0], starts[0])], [receive, (counts[1], starts[1])])
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -7,7 +7,7 @@ breaks the barrier, so the others raise as well instead of waiting for ever.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root
@@ -69,6 +69,18 @@ class ThreadCommunicator:
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message, by rank."""
         return self._exchange(("allgather",), message)
+
+    def alltoall(
+        self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
+    ) -> None:
+        """A slice for each rank."""
+        brought = self._exchange(("alltoall", send.dtype.str), [send[piece].copy() for piece in send_slices])
+        for pieces, place in zip(brought, receive_slices, strict=True):
+            if pieces[self.rank].shape != receive[place].shape:
+                raise CollectiveError(
+                    f"rank {self.rank} awaits {receive[place].size} numbers, not {pieces[self.rank].size}"
+                )
+            receive[place] = pieces[self.rank]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

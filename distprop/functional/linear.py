@@ -9,23 +9,29 @@ from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
 
-def linear(input: Operand, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Operand, weight: Operand, bias: Operand | None = None) -> Tensor:
     """y = x Wᵀ + b.
 
     Shapes: x `(..., in_features)`, W `(out_features, in_features)`, b `(out_features,)`, y `(..., out_features)`.
     Derivative: dx = g W, dW = gᵀ x, db = Σ g over all leading axes.
 
     Raises:
-        ValueError: the last axis of x is not in_features.
-        TypeError: x is not of W's dtype.
+        ValueError: the last axis of x is not in_features, or b is not one number for each row of W.
+        TypeError: the dtypes differ.
     """
     x, weight = as_tensor(input), as_tensor(weight)
+    bias = None if bias is None else as_tensor(bias)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear with a weight of shape {weight.shape} (out, in) got x of shape {x.shape}; "
             f"its last axis must be {weight.shape[-1]}"
         )
-    same_dtype("linear", x=x, weight=weight)
+    if bias is None:
+        same_dtype("linear", x=x, weight=weight)
+    else:
+        same_dtype("linear", x=x, weight=weight, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear with a weight of shape {weight.shape} (out, in) got a bias of shape {bias.shape}")
     rows = x.data if x.ndim == 2 else x.data.reshape(-1, x.shape[-1])
     value = rows @ weight.data.T
     if bias is not None:
@@ -43,4 +49,4 @@ def linear(input: Operand, weight: Tensor, bias: Tensor | None = None) -> Tensor
             db = np.add.reduce(g, axis=0, out=out[2])
         return [dx, dw, db][: len(inputs)]
 
-    return record(value if x.ndim == 2 else value.reshape(*x.shape[:-1], -1), inputs, vjp)
+    return record(value if x.ndim == 2 else value.reshape(*x.shape[:-1], weight.shape[0]), inputs, vjp)

@@ -39,7 +39,7 @@ def cross_entropy(
         IndexError: a label outside [0, classes).
         ValueError: shapes that do not fit together, or label_smoothing outside [0, 1].
     """
-    x, y = as_tensor(input), as_tensor(target).data
+    x, y = as_tensor(input), _constant("cross_entropy", target)
     floating("cross_entropy", x)
     if x.ndim < 2:
         raise ValueError(f"cross_entropy needs scores of shape (batch, classes), got {x.shape}")
@@ -58,7 +58,7 @@ def cross_entropy(
         q = (1 - label_smoothing) * y + label_smoothing / classes
         q, count = (q if weights is None else q * _along_classes(weights, x.ndim)).astype(x.dtype), x.data[:, 0].size
     log_p = log_softmax_of(x.data, 1)
-    losses = -(q * log_p).sum(axis=1)
+    losses = _expected(q, log_p)
 
     def derivative(g: Array) -> Array:
         return np.expand_dims(g, 1) * (np.exp(log_p) * q.sum(axis=1, keepdims=True) - q)
@@ -84,7 +84,7 @@ def nll_loss(
     _check_labels("nll_loss", x, y, ignore_index)
     weights = None if weight is None else _class_weights(weight, x.shape[1], x.dtype)
     q, count = _label_distribution(x, y, weights, ignore_index, 0.0)
-    return _reduced(x, -(q * x.data).sum(axis=1), lambda g: np.expand_dims(g, 1) * -q, reduction, count)
+    return _reduced(x, _expected(q, x.data), lambda g: np.expand_dims(g, 1) * -q, reduction, count)
 
 
 def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
@@ -165,6 +165,11 @@ def _label_distribution(
     return (q * np.expand_dims(counted, 1)).astype(x.dtype), total
 
 
+def _expected(q: Array, log_p: Array) -> Array:
+    """−Σ_c q_c log p_c; a class that is impossible, log p = −∞, does not matter where q is 0."""
+    return -np.multiply(q, log_p, out=np.zeros_like(log_p), where=q != 0).sum(axis=1)
+
+
 def _check_labels(operation: str, x: Tensor, labels: Array, ignore_index: int) -> None:
     expected = (x.shape[0], *x.shape[2:])
     if labels.shape != expected:
@@ -186,13 +191,18 @@ def _along_classes(weights: Array, ndim: int) -> Array:
 
 
 def _pair(operation: str, input: Operand, target: Operand) -> tuple[Tensor, Array]:
-    x, y = as_tensor(input), as_tensor(target)
+    x, y = as_tensor(input), _constant(operation, target)
     floating(operation, x)
     if x.shape != y.shape:  # broadcasting (n, 1) against (n,) here is a well-known silent mistake
         raise ValueError(f"{operation} got predictions of shape {x.shape} and targets of shape {y.shape}")
+    return x, y.astype(x.dtype, copy=False)
+
+
+def _constant(operation: str, target: Operand) -> Array:
+    y = as_tensor(target)
     if y.requires_grad:
         raise ValueError(f"{operation}: the target must be a constant; detach() it")
-    return x, y.data.astype(x.dtype, copy=False)
+    return y.data
 
 
 def _difference(

@@ -78,7 +78,7 @@ class Module:
         """The arrays that are saved but not trained, with dotted names."""
         for prefix, module in self.named_modules():
             for name in module._buffer_names:
-                yield _join(prefix, name), getattr(module, name)
+                yield _join(prefix, name), module._buffer(name)
 
     def buffers(self) -> Iterator[Array]:
         """The arrays that are saved but not trained."""
@@ -89,7 +89,7 @@ class Module:
         state: dict[str, Array] = {}
         for prefix, module in self.named_modules():
             state.update((_join(prefix, name), p.data) for name, p in module._own_parameters())
-            state.update((_join(prefix, name), getattr(module, name)) for name in module._buffer_names)
+            state.update((_join(prefix, name), module._buffer(name)) for name in module._buffer_names)
         return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> None:
@@ -142,7 +142,7 @@ class Module:
             parameter.data = parameter.data.astype(dtype)
         for module in self.modules():
             for name in module._buffer_names:
-                value = getattr(module, name)
+                value = module._buffer(name)
                 if value.dtype.kind == "f":
                     setattr(module, name, value.astype(dtype))
         return self
@@ -165,6 +165,11 @@ class Module:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [f"({name}): {child!r}".replace("\n", "\n  ") for name, child in children]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _buffer(self, name: str) -> Array:
+        value = np.asarray(getattr(self, name))
+        setattr(self, name, value)  # `self.count = self.count + 1` leaves a NumPy scalar, which nothing can load into
+        return value
 
     def _own_parameters(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Parameter))

@@ -15,14 +15,14 @@ from distprop.tape import Array
 from distprop.tensor import Parameter
 
 
-def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
+def clip_grad_norm_(parameters: Iterable[Parameter] | Parameter, max_norm: float) -> float:
     """Scale all gradients so that their common Euclidean norm is at most `max_norm`; returns the norm before.
 
     A norm that is not finite leaves the gradients as they are.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be more than 0, got {max_norm}")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in _several(parameters) if parameter.grad is not None]
     norm = math.sqrt(sum(_squared_norm(gradient) for gradient in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for gradient in gradients:
@@ -30,13 +30,17 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     return norm
 
 
-def clip_grad_value_(parameters: Iterable[Parameter], clip_value: float) -> None:
+def clip_grad_value_(parameters: Iterable[Parameter] | Parameter, clip_value: float) -> None:
     """Clip every element of every gradient to ±`clip_value`."""
     if not clip_value > 0:
         raise ValueError(f"clip_value must be more than 0, got {clip_value}")
-    for parameter in parameters:
+    for parameter in _several(parameters):
         if parameter.grad is not None:
             np.clip(parameter.grad, -clip_value, clip_value, out=parameter.grad)
+
+
+def _several(parameters: Iterable[Parameter] | Parameter) -> Iterable[Parameter]:
+    return [parameters] if isinstance(parameters, Parameter) else parameters
 
 
 def _squared_norm(gradient: Array) -> float:

@@ -73,14 +73,17 @@ def one_cycle(
     Source: Smith and Topin, 2017, arXiv:1708.07120 (PyTorch's OneCycleLR).
     """
     _positive(steps=steps)
+    if not 0 <= rise <= 1:
+        raise ValueError(f"rise is a share of the steps, between 0 and 1; got {rise}")
     first = max_lr / div_factor
     last = first / final_div_factor
     top = rise * steps - 1
 
     def rate(step: int) -> float:
-        if step <= top:
+        if step < top:
             return _half_cosine(first, max_lr, step / top)
-        return _half_cosine(max_lr, last, min(1.0, (step - top) / (steps - 1 - top)))
+        falling = steps - 1 - top
+        return _half_cosine(max_lr, last, min(1.0, (step - top) / falling) if falling > 0 else float(step > top))
 
     return rate
 

@@ -1,0 +1,227 @@
+"""Checkpoints: what is saved, how it is made durable, how it is verified.
+
+A checkpoint is a folder: safetensors files, `state.json`, and `manifest.json` with the size and SHA-256 of each,
+written last. It is written under another name, every file and the folder flushed to the disk, and renamed when it is
+complete. So a folder with a checkpoint's name is whole, and what the disk did to it since is found when it is read.
+
+The state is logical: nothing in it belongs to a rank, so any number of ranks can resume it. Nothing is pickled: reading
+a checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distprop.tape import Array
+
+FORMAT = 1  # the layout of the folder; a newer one is refused
+_NAME = re.compile(r"step-(\d{9})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, unreadable, or not of this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state.
+
+    Attributes:
+        step: updates made; names the folder.
+        tensors: for each file ("model", "optimizer") its arrays by name.
+        state: everything else, as JSON can say it.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Array]]
+    state: Mapping[str, Any]
+
+
+def save(root: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint into `root` and return its folder. When this returns, it survives a power failure.
+
+    Raises:
+        OSError: the disk is full or read-only; what was there before is untouched.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    root.mkdir(parents=True, exist_ok=True)
+    name = f"step-{checkpoint.step:09d}"
+    partial, final = root / f".{name}.partial", root / name
+    shutil.rmtree(partial, ignore_errors=True)  # left by a writer that was killed
+    if is_whole(final):  # this step has been written before; a resumed run passes it again
+        return final
+    try:
+        partial.mkdir()
+        files = {
+            f"{part}.safetensors": to_bytes({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+            for part, arrays in checkpoint.tensors.items()
+        }
+        files["state.json"] = json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1).encode()
+        entries = {}
+        for file_name, content in files.items():
+            _write_durably(partial / file_name, content)
+            entries[file_name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write_durably(partial / "manifest.json", json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
+        _flush_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)  # not whole, or it would have been returned above
+        partial.rename(final)
+        _flush_folder(root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint and verify every byte of it.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed, or the format is a newer one; says which and how.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    manifest = _read_json(folder / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}; this version reads format {FORMAT}")
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or "state.json" not in entries:
+        raise CheckpointError(f"{folder}: the manifest lists no state.json")
+    contents = {name: _verified(folder / name, entry) for name, entry in entries.items()}
+    state = json.loads(contents.pop("state.json"))
+    try:
+        tensors = {name.removesuffix(".safetensors"): from_bytes(content) for name, content in contents.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Checkpoint(state.pop("step"), tensors, state)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint that can be read."""
+    try:
+        read(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def newest(root: Path, report: Callable[[str], object]) -> Checkpoint | None:
+    """The newest whole checkpoint in `root`, or None; `report` is told of each damaged one that is passed over."""
+    for _, folder in sorted(_folders(root), reverse=True):
+        try:
+            return read(folder)
+        except CheckpointError as error:
+            report(f"{error}; using the checkpoint before it")
+    return None
+
+
+def prune(root: Path, keep: int, also: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the one of step `also`, and what killed writers left."""
+    for step, folder in sorted(_folders(root), reverse=True)[keep:]:
+        if step != also:
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Writer:
+    """Writes checkpoints in a thread while training goes on, and keeps the newest `keep` and the best one.
+
+    A failed write is reported and training goes on: the checkpoints before it are untouched. The arrays are copied at
+    once, so training may change them.
+    """
+
+    def __init__(self, root: Path, keep: int = 3, report: Callable[[str], object] = print) -> None:
+        self.root, self.keep, self.report = root, keep, report
+        self.best_step: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Start writing; waits for the write before, so that two never overlap."""
+        copies = {
+            part: {name: np.array(array) for name, array in arrays.items()}
+            for part, arrays in checkpoint.tensors.items()
+        }
+        self.wait()
+        self._thread = threading.Thread(
+            target=self._write, args=(Checkpoint(checkpoint.step, copies, checkpoint.state),), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the write under way has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            save(self.root, checkpoint)
+            prune(self.root, self.keep, self.best_step)
+        except OSError as error:
+            self.report(f"the checkpoint of step {checkpoint.step} could not be written to {self.root}: {error}")
+
+
+def _folders(root: Path) -> Iterator[tuple[int, Path]]:
+    """The checkpoints in `root` with their steps."""
+    if root.is_dir():
+        for folder in root.iterdir():
+            if match := _NAME.fullmatch(folder.name):
+                yield int(match[1]), folder
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make names in `folder` durable, where the system can flush a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _verified(path: Path, entry: Any) -> bytes:
+    content = _read_bytes(path)
+    if not isinstance(entry, dict) or len(content) != entry.get("bytes"):
+        raise CheckpointError(f"{path} has {len(content)} bytes; the manifest says {entry}")
+    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+        raise CheckpointError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return tree
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

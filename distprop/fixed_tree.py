@@ -1,0 +1,145 @@
+"""A sum whose rounding does not depend on who computes it.
+
+Floating-point addition is not associative, so the sum over the ranks changes with their number. Here the batch is cut
+into a fixed number of shards, and their messages are added in one binary tree over the shard numbers:
+
+    ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+
+A rank holds a run of neighbouring shards and adds up the whole subtrees in it by itself. What is left of the tree spans
+ranks: each rank collects one slice of everybody's partial sums, finishes the tree for that slice, and the slices are
+gathered. MPI only carries numbers; every addition happens here, in an order that is the same for 1, 2, 3 or 64 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distprop.comm.base import Communicator
+from distprop.data.loader import share
+from distprop.tape import Array
+
+
+@dataclass
+class _Partial:
+    """The sum of the shards from `start` to `start + size - 1`, a whole subtree."""
+
+    start: int
+    size: int
+    values: Array
+
+
+class FixedTree:
+    """Adds the messages of `shards` shards, each of `length` numbers, held by the ranks of `comm`.
+
+    Each rank calls `add` for each of its shards, `share(shards, rank, size)`, in order, and then all call `total`.
+    Memory: one message for each level of the tree that this rank holds, log2(shards) at the most.
+    """
+
+    def __init__(self, comm: Communicator, shards: int, length: int, dtype: DTypeLike) -> None:
+        self.comm, self.shards, self.length, self.dtype = comm, shards, length, np.dtype(dtype)
+        self.mine = share(shards, comm.rank, comm.size)
+        self._next = self.mine.start
+        self._partials: list[_Partial] = []
+        self._spare: list[Array] = []
+
+    def add(self, message: Array) -> None:
+        """Take the next shard's `message`; it may be overwritten afterwards."""
+        if self._next >= self.mine.stop:
+            raise RuntimeError(f"rank {self.comm.rank} holds shards {self.mine.start} to {self.mine.stop - 1} only")
+        if self._partials and _siblings(self._partials[-1], self._next, 1):
+            left = self._partials[-1]
+            left.values += message
+            left.size = 2
+        else:
+            values = self._spare.pop() if self._spare else np.empty(self.length, self.dtype)
+            values[:] = message
+            self._partials.append(_Partial(self._next, 1, values))
+        self._next += 1
+        self._spare += _join_siblings(self._partials)
+
+    def total(self, out: Array) -> None:
+        """Write the sum over all shards into `out`, on every rank. Collective."""
+        if self._next != self.mine.stop:
+            raise RuntimeError(f"rank {self.comm.rank} has added {self._next - self.mine.start} of its shards only")
+        my_slice = share(self.length, self.comm.rank, self.comm.size)
+        finished = self._finish(self._collect(my_slice))
+        out[my_slice] = finished
+        self._gather(out, my_slice)
+        self._spare += [partial.values for partial in self._partials]
+        self._partials.clear()
+        self._next = self.mine.start
+
+    def _collect(self, my_slice: slice) -> list[_Partial]:
+        """My slice of the partial sums of all ranks, in the order of the shards."""
+        if self.comm.size == 1:
+            return [_Partial(p.start, p.size, p.values) for p in self._partials]
+        held = [list(subtrees(share(self.shards, r, self.comm.size))) for r in range(self.comm.size)]
+        width = my_slice.stop - my_slice.start
+        slices = [share(self.length, r, self.comm.size) for r in range(self.comm.size)]
+        collected: list[_Partial] = []
+        for turn in range(max(len(of_rank) for of_rank in held)):
+            mine = self._partials[turn].values if turn < len(self._partials) else np.empty(0, self.dtype)
+            sends = slices if turn < len(self._partials) else [slice(0, 0)] * self.comm.size
+            senders = [r for r in range(self.comm.size) if turn < len(held[r])]
+            arrived = np.empty((len(senders), width), self.dtype)
+            places = {r: slice(i * width, (i + 1) * width) for i, r in enumerate(senders)}
+            receives = [places.get(r, slice(0, 0)) for r in range(self.comm.size)]
+            self.comm.alltoall(mine, sends, arrived.reshape(-1), receives)
+            collected += [_Partial(*held[r][turn], arrived[i]) for i, r in enumerate(senders)]
+        return sorted(collected, key=lambda partial: partial.start)
+
+    def _finish(self, partials: list[_Partial]) -> Array:
+        """The rest of the tree. If `shards` is no power of two, the missing leaves on the right count as nothing."""
+        stack: list[_Partial] = []
+        for partial in partials:
+            stack.append(partial)
+            _join_siblings(stack)
+        while len(stack) > 1:
+            right = stack.pop()
+            stack[-1].values += right.values
+        return stack[0].values
+
+    def _gather(self, out: Array, my_slice: slice) -> None:
+        if self.comm.size > 1:
+            nothing = slice(0, 0)  # a rank has its own slice already, and may not send and receive in one place
+            others = [r for r in range(self.comm.size) if r != self.comm.rank]
+            sends = [my_slice if r in others else nothing for r in range(self.comm.size)]
+            receives = [
+                share(self.length, r, self.comm.size) if r in others else nothing for r in range(self.comm.size)
+            ]
+            self.comm.alltoall(out, sends, out, receives)
+
+
+def subtrees(run: slice) -> Iterator[tuple[int, int]]:
+    """The largest whole subtrees (start, size) that make up a run of shards.
+
+    >>> list(subtrees(slice(3, 8)))
+    [(3, 1), (4, 4)]
+    """
+    start = run.start
+    while start < run.stop:
+        size = 1
+        while start % (2 * size) == 0 and start + 2 * size <= run.stop:
+            size *= 2
+        yield start, size
+        start += size
+
+
+def _siblings(left: _Partial, start: int, size: int) -> bool:
+    """Whether the subtree (start, size) is the right half of a node whose left half is `left`."""
+    return left.size == size and left.start % (2 * size) == 0 and left.start + size == start
+
+
+def _join_siblings(stack: list[_Partial]) -> list[Array]:
+    """Add up the top of the stack as long as it is two halves of one node; returns the arrays that became free."""
+    freed = []
+    while len(stack) > 1 and _siblings(stack[-2], stack[-1].start, stack[-1].size):
+        right = stack.pop()
+        stack[-1].values += right.values
+        stack[-1].size *= 2
+        freed.append(right.values)
+    return freed

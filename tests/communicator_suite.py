@@ -1,0 +1,108 @@
+"""What every communicator does, whatever carries the numbers."""
+
+import numpy as np
+import pytest
+
+from distprop.comm import Communicator
+from scenario import Suite
+
+suite = Suite()
+
+
+@suite.scenario()
+def rank_and_size_number_the_ranks(comm: Communicator) -> None:
+    assert [int(message) for message in comm.allgather(str(comm.rank).encode())] == list(range(comm.size))
+
+
+@suite.scenario()
+def allreduce_sums_in_place_and_returns_its_argument(comm: Communicator) -> None:
+    for dtype in (np.float32, np.float64, np.int32, np.int64):
+        for shape in ((), (1,), (7,), (2, 3), (0,)):
+            array = np.full(shape, comm.rank + 1, dtype)
+            array.flat[:1] = 10 * comm.rank
+            assert comm.allreduce(array) is array
+            assert array.dtype == dtype
+            expected = np.full(shape, sum(rank + 1 for rank in range(comm.size)), dtype)
+            expected.flat[:1] = sum(10 * rank for rank in range(comm.size))
+            np.testing.assert_array_equal(array, expected)
+
+
+@suite.scenario()
+def allreduce_of_a_slice_leaves_its_neighbours_alone(comm: Communicator) -> None:
+    array = np.full(10, comm.rank + 1.0)
+    comm.allreduce(array[3:6])
+    total = comm.size * (comm.size + 1) / 2
+    np.testing.assert_array_equal(array, [comm.rank + 1.0] * 3 + [total] * 3 + [comm.rank + 1.0] * 4)
+
+
+@suite.scenario()
+def allreduce_gives_every_rank_the_same_bits(comm: Communicator) -> None:
+    for length in (1, 1000, 300_000):  # MPI libraries change their algorithm with the length
+        array = np.random.default_rng(comm.rank).standard_normal(length).astype(np.float32)
+        comm.allreduce(array)
+        messages = comm.allgather(array.tobytes()[:100_000])
+        assert messages.count(messages[0]) == comm.size
+        every = sum(np.random.default_rng(rank).standard_normal(length).astype(np.float32) for rank in range(comm.size))
+        np.testing.assert_allclose(array, every, rtol=1e-5, atol=1e-5)
+
+
+@suite.scenario()
+def allreduce_passes_on_what_is_not_finite(comm: Communicator) -> None:
+    array = np.array([np.nan if comm.rank == comm.size - 1 else 1.0, np.inf if comm.rank == 0 else 1.0, 1.0])
+    comm.allreduce(array)
+    np.testing.assert_array_equal(array, [np.nan, np.inf, comm.size])
+
+
+@suite.scenario()
+def broadcast_overwrites_with_the_roots_array(comm: Communicator) -> None:
+    for root in range(comm.size):
+        for array in (np.full((2, 3), comm.rank + 0.5), np.array(comm.rank), np.full(4, comm.rank == root)):
+            expected = np.full_like(array, {"f": root + 0.5, "i": root, "b": True}[array.dtype.kind])
+            assert comm.broadcast(array, root) is array
+            np.testing.assert_array_equal(array, expected)
+
+
+@suite.scenario()
+def broadcast_comes_from_rank_0_unless_told_otherwise(comm: Communicator) -> None:
+    assert comm.broadcast(np.array([comm.rank + 7]))[0] == 7
+
+
+@suite.scenario()
+def a_root_outside_the_world_is_an_error(comm: Communicator) -> None:
+    for root in (comm.size, -1):
+        with pytest.raises((ValueError, RuntimeError), match=r"(?i)root"):  # mpi4py's exception is a RuntimeError
+            comm.broadcast(np.zeros(2), root)
+    comm.barrier()
+
+
+@suite.scenario()
+def allgather_takes_messages_of_any_length(comm: Communicator) -> None:
+    expected = [b"x" * (1000 * rank) + bytes([rank]) * (rank > 0) for rank in range(comm.size)]  # rank 0's is empty
+    assert comm.allgather(expected[comm.rank]) == expected
+    assert comm.allgather(b"") == [b""] * comm.size
+    assert all(type(message) is bytes for message in comm.allgather(b"abc"))
+
+
+@suite.scenario()
+def no_rank_passes_a_barrier_before_all_have_arrived(comm: Communicator) -> None:
+    for _ in range(3):
+        comm.barrier()
+
+
+@suite.scenario()
+def many_collectives_in_a_row_do_not_mix(comm: Communicator) -> None:
+    for number in range(50):
+        assert comm.allreduce(np.array([number]))[0] == number * comm.size
+        assert comm.broadcast(np.array([number + comm.rank]), number % comm.size)[0] == number + number % comm.size
+        assert comm.allgather(bytes([number, comm.rank])) == [bytes([number, rank]) for rank in range(comm.size)]
+
+
+@suite.scenario()
+def what_is_not_one_writeable_block_of_memory_is_refused(comm: Communicator) -> None:
+    read_only = np.zeros(3)
+    read_only.flags.writeable = False
+    for collective in (comm.allreduce, comm.broadcast):
+        for array in (np.zeros((4, 4))[:, 1], np.zeros((4, 4)).T[1:], read_only, [1.0, 2.0], 3.0):
+            with pytest.raises(ValueError, match="C-contiguous"):
+                collective(array)
+    comm.barrier()

@@ -1,0 +1,69 @@
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from communicator_suite import suite
+from distprop.comm import mpi, world
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.mark.parametrize("scenario", suite.under_mpi())
+def test_communicator(scenario, comm):
+    scenario(comm)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_communicator_of_a_part_of_the_world():
+    """Even and odd ranks by themselves: nothing may count on rank 0 of MPI's world."""
+    from mpi4py import MPI
+
+    part = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2, -MPI.COMM_WORLD.rank)
+    comm = mpi.MPICommunicator(part)
+    assert (comm.rank, comm.size) == (part.rank, part.size)
+    for parameter in suite.under_mpi():
+        parameter.values[0](comm)
+    part.Free()
+
+
+def test_the_world_is_one_object(comm):
+    from mpi4py import MPI
+
+    assert world() is comm
+    assert isinstance(comm, mpi.MPICommunicator)
+    assert (comm.rank, comm.size) == (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_uncaught_exception_would_end_the_job(comm):
+    assert sys.excepthook.__module__ == mpi.__name__
+
+
+@pytest.mark.mpi(min_size=2)
+def test_messages_of_the_users_own_do_not_meet_ours(comm):
+    """A receive for anything from anyone is open all the time, and gets what the user sends."""
+    from mpi4py import MPI
+
+    received = np.zeros(4)
+    request = MPI.COMM_WORLD.Irecv(received, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)
+    for parameter in suite.under_mpi():
+        parameter.values[0](comm)
+    assert not request.Test()
+    comm.barrier()
+    MPI.COMM_WORLD.Send(np.full(4, 7.0 + comm.rank), dest=(comm.rank + 1) % comm.size)
+    request.Wait()
+    np.testing.assert_array_equal(received, 7.0 + (comm.rank - 1) % comm.size)
+
+
+def test_no_rank_passes_a_barrier_before_the_last_has_arrived(comm):
+    for last in range(comm.size):
+        comm.barrier()
+        arrived = np.zeros(1)
+        if comm.rank == last:
+            time.sleep(0.05)
+            arrived[0] = time.time()
+        comm.barrier()
+        left = time.time()
+        assert left >= comm.allreduce(arrived)[0] - 0.005  # one clock: the ranks of these tests share a machine

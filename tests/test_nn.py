@@ -1,0 +1,427 @@
+"""Modules and layers: names and order as in PyTorch, saving and loading, modes, and what the errors say."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+from distprop import data, functional, nn, optim
+from distprop.nn import Module, Parameter, Sequential
+from distprop.tensor import Tensor
+
+
+class Block(Module):
+    """Parameters, modules and a buffer, assigned in a mixed order."""
+
+    def __init__(self, width):
+        self.inner = nn.Linear(width, width)
+        self.scale = Parameter(np.ones(width, np.float32))
+        self.register_buffer("mean", np.zeros(width, np.float32))
+        self.outer = nn.Sequential(nn.Linear(width, width, bias=False), nn.Sequential(nn.ReLU(), nn.Linear(width, 1)))
+        self.width = width
+
+    def forward(self, x):
+        return self.outer(self.inner(x) * self.scale - self.mean)
+
+
+class Net(Module):
+    def __init__(self):
+        self.first = Block(3)
+        self.offset = Parameter(np.zeros(1, np.float32))
+        self.second = Block(2)
+        self.register_buffer("count", 0)
+
+    def forward(self, x):
+        return self.first(x) + self.offset
+
+
+@pytest.fixture
+def torch_net(torch):
+    class TorchBlock(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inner = torch.nn.Linear(width, width)
+            self.scale = torch.nn.Parameter(torch.ones(width))
+            self.register_buffer("mean", torch.zeros(width))
+            self.outer = torch.nn.Sequential(
+                torch.nn.Linear(width, width, bias=False),
+                torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(width, 1)),
+            )
+
+        def forward(self, x):
+            return self.outer(self.inner(x) * self.scale - self.mean)
+
+    class TorchNet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = TorchBlock(3)
+            self.offset = torch.nn.Parameter(torch.zeros(1))
+            self.second = TorchBlock(2)
+            self.register_buffer("count", torch.tensor(0))
+
+        def forward(self, x):
+            return self.first(x) + self.offset
+
+    return TorchNet()
+
+
+# names
+
+
+def test_names_order_and_shapes_are_pytorchs(torch_net):
+    net = Net()
+    for ours, theirs in [
+        (net.named_parameters(), torch_net.named_parameters()),
+        (net.named_buffers(), torch_net.named_buffers()),
+        (net.state_dict().items(), torch_net.state_dict().items()),
+    ]:
+        assert [(name, value.shape) for name, value in ours] == [(name, tuple(value.shape)) for name, value in theirs]
+    assert [name for name, _ in net.named_modules()] == [name for name, _ in torch_net.named_modules()]
+    assert [name for name, _ in net.named_children()] == [name for name, _ in torch_net.named_children()]
+    assert len(list(net.modules())) == len(list(torch_net.modules()))
+    assert [p.shape for p in net.parameters()] == [tuple(p.shape) for p in torch_net.parameters()]
+    assert [b.shape for b in net.buffers()] == [tuple(b.shape) for b in torch_net.buffers()]
+
+
+def test_weights_from_pytorch_give_pytorchs_output_and_gradients(torch_net, torch, rng):
+    net = Net()
+    net.load_state_dict({name: value.numpy() for name, value in torch_net.state_dict().items()})
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    ours, theirs = net(x), torch_net(torch.tensor(x))
+    np.testing.assert_allclose(ours.data, theirs.detach().numpy(), rtol=2e-6, atol=1e-6)
+    ours.sum().backward()
+    theirs.sum().backward()
+    for (name, p), q in zip(net.named_parameters(), torch_net.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=5e-6, atol=1e-6, err_msg=name)
+
+
+def test_a_shared_parameter_is_counted_once_under_its_first_name():
+    class Tied(Module):
+        def __init__(self):
+            self.encode = nn.Linear(3, 3)
+            self.decode = nn.Linear(3, 3)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x):
+            return self.decode(self.encode(x))
+
+    tied = Tied()
+    assert [name for name, _ in tied.named_parameters()] == ["encode.weight", "encode.bias", "decode.bias"]
+    assert len(tied.state_dict()) == 4  # as in PyTorch, both names are saved
+    optim.SGD(tied.parameters(), lr=0.1)  # which would refuse one given twice
+
+
+def test_one_module_in_two_places(torch):
+    def build(nn):
+        linear, relu = nn.Linear(2, 2), nn.ReLU()
+        return nn.Sequential(linear, relu, linear, relu)
+
+    ours, theirs = build(nn), build(torch.nn)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert len(ours) == 4
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    linear = ours[0]
+    np.testing.assert_array_equal(ours(x).data, linear(linear(x).relu()).relu().data)
+
+
+def test_attributes_can_be_replaced_and_removed():
+    net = nn.Linear(2, 2)
+    net.weight = Parameter(np.zeros((2, 2)))
+    net.bias = None
+    assert [(name, p.dtype) for name, p in net.named_parameters()] == [("weight", np.float64)]
+    assert list(net.state_dict()) == ["weight"]
+
+
+# state
+
+
+def test_state_is_the_arrays_themselves():
+    net = Net()
+    state = net.state_dict()
+    assert state["first.inner.weight"] is net.first.inner.weight.data
+    assert state["second.mean"] is net.second.mean
+
+
+def test_loading_copies_values():
+    source, target = Net(), Net()
+    state = {name: value + 1 for name, value in source.state_dict().items()}
+    place = target.first.inner.weight.data
+    target.load_state_dict(state)
+    for name, value in target.state_dict().items():
+        np.testing.assert_array_equal(value, state[name])
+    assert target.first.inner.weight.data is place
+    state["offset"][:] = 99
+    assert target.offset.data[0] == 1
+    assert target.count == 1
+
+
+def test_loading_lists_everything_that_does_not_fit_and_changes_nothing():
+    net = Net()
+    before = {name: value.copy() for name, value in net.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    state["first.inner.wieght"] = state.pop("first.inner.weight")
+    state["nonsense"] = np.zeros(1)
+    del state["count"]
+    state["second.scale"] = np.zeros((2, 1))
+    with pytest.raises(ValueError, match="does not fit this Net") as info:
+        net.load_state_dict(state)
+    assert set(str(info.value).splitlines()[1:]) == {
+        "  second.scale: shape (2, 1), expected (2,)",
+        "  first.inner.weight: missing",
+        "  count: missing",
+        "  first.inner.wieght: unexpected (did you mean first.inner.weight?)",
+        "  nonsense: unexpected",
+    }
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_loading_part_of_a_state():
+    net = Net()
+    net.load_state_dict({"offset": [5.0], "elsewhere": [1.0]}, strict=False)
+    assert net.offset.data[0] == 5
+    with pytest.raises(ValueError, match=r"offset: shape \(2,\), expected \(1,\)"):
+        net.load_state_dict({"offset": [5.0, 6.0], "count": 3}, strict=False)
+    assert net.count == 0
+
+
+def test_loading_converts_to_the_dtype_of_the_model():
+    net = nn.Linear(2, 1)
+    net.load_state_dict({"weight": np.full((1, 2), 0.5), "bias": [1]})
+    assert net.weight.dtype == net.bias.dtype == np.float32
+    np.testing.assert_array_equal(net.weight.data, [[0.5, 0.5]])
+
+
+def test_buffers_are_saved_and_not_trained():
+    net = Net()
+    assert "count" in net.state_dict()
+    assert not any("count" in name for name, _ in net.named_parameters())
+    net.count = net.count + 1  # leaves a NumPy scalar behind, which cannot be written into
+    assert net.state_dict()["count"] == 1
+    net.load_state_dict({**net.state_dict(), "count": 7})
+    assert net.count == 7
+    net.count += 1
+    assert net.state_dict()["count"] == 8
+    array = np.zeros(2)
+    net.register_buffer("extra", array)
+    assert net.extra is not array
+    net.register_buffer("extra", np.ones(2))
+    assert [name for name, _ in net.named_buffers()].count("extra") == 1
+    assert "extra" not in Net().state_dict()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_in_training_trains_on_its_own(clone):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model[2].weight = model[2].weight
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = np.ones((2, 3), np.float32)
+
+    def train(net, sgd):
+        sgd.zero_grad()
+        (net(x) ** 2).mean().backward()
+        sgd.step()
+
+    train(model, optimizer)  # the parameters live in a flat buffer now
+    other = clone(model)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
+        assert not np.shares_memory(p.data, q.data)
+    before = [p.data.copy() for p in model.parameters()]
+    train(other, optim.SGD(other.parameters(), lr=0.1))
+    for p, q, b in zip(model.parameters(), other.parameters(), before, strict=True):
+        np.testing.assert_array_equal(p.data, b)
+        assert not np.array_equal(p.data, q.data)
+
+
+# modes, dtypes, gradients
+
+
+def test_train_and_eval_reach_everything_below():
+    net = Sequential(nn.Dropout(0.5), Sequential(nn.Dropout(0.5), Block(2)))
+    assert all(module.training for module in net.modules())
+    assert net.eval() is net
+    assert not any(module.training for module in net.modules())
+    x = np.ones((3, 4), np.float32)
+    np.testing.assert_array_equal(net[0](x).data, x)
+    net.train()
+    assert all(module.training for module in net.modules())
+    assert not np.array_equal(net[0](x).data, x)
+    assert nn.Dropout(0.5).training  # the class was not touched
+
+
+def test_conversion_reaches_parameters_and_floating_buffers():
+    net = Net()
+    x = np.ones((2, 3))
+    net(x.astype(np.float32)).sum().backward()
+    assert net.double() is net
+    assert all(p.dtype == np.float64 for p in net.parameters())
+    assert net.first.mean.dtype == np.float64
+    assert net.count.dtype == np.int64
+    assert all(p.grad is None for p in net.parameters())
+    assert net(x).dtype == np.float64
+    assert net.float()(x.astype(np.float32)).dtype == np.float32
+    assert net.to(np.float16).offset.dtype == np.float16
+
+
+def test_zero_grad_and_requires_grad():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    x = np.ones((1, 2), np.float32)
+    net[0].requires_grad_(False)
+    net(x).sum().backward()
+    assert [p.grad is not None for p in net.parameters()] == [False, False, True, True]
+    net.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+    assert net.requires_grad_() is net
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_module_without_forward_says_so():
+    class Unfinished(Module):
+        pass
+
+    with pytest.raises(TypeError, match=r"Unfinished does not define forward\(\)"):
+        Unfinished()(1)
+
+
+def test_call_passes_all_arguments_on():
+    class Three(Module):
+        def forward(self, a, b, *, c):
+            return a, b, c
+
+    assert Three()(1, b=2, c=3) == (1, 2, 3)
+
+
+# Sequential, repr
+
+
+def test_sequential():
+    modules = [nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)]
+    model = Sequential(*modules)
+    assert len(model) == 3
+    assert list(model) == modules
+    assert model[1] is modules[1]
+    assert model[-1] is modules[2]
+    with pytest.raises(IndexError):
+        model[3]
+    x = Tensor(np.ones((4, 2), np.float32))
+    np.testing.assert_array_equal(model(x).data, modules[2](modules[1](modules[0](x))).data)
+    assert Sequential()(x) is x
+    with pytest.raises(TypeError, match="argument 1 is a function"):
+        Sequential(modules[0], functional.relu)
+    many = Sequential(*(nn.Linear(1, 1) for _ in range(12)))
+    assert [name for name, _ in many.named_parameters()][::2] == [f"{i}.weight" for i in range(12)]
+
+
+def test_repr_shows_the_structure():
+    model = Sequential(nn.Linear(2, 3), Sequential(nn.ReLU(), nn.Linear(3, 1, bias=False)), nn.Dropout(0.25))
+    assert repr(model).splitlines() == [
+        "Sequential(",
+        "  (0): Linear(2, 3)",
+        "  (1): Sequential(",
+        "    (0): ReLU()",
+        "    (1): Linear(3, 1, bias=False)",
+        "  )",
+        "  (2): Dropout(p=0.25)",
+        ")",
+    ]
+
+
+# layers
+
+LAYERS = [
+    ("ReLU", {}, "relu"),
+    ("LeakyReLU", {"negative_slope": 0.2}, "leaky_relu"),
+    ("ELU", {"alpha": 0.5}, "elu"),
+    ("GELU", {}, "gelu"),
+    ("GELU", {"approximate": "tanh"}, "gelu"),
+    ("SiLU", {}, "silu"),
+    ("Sigmoid", {}, "sigmoid"),
+    ("Tanh", {}, "tanh"),
+    ("Softplus", {"beta": 2.0, "threshold": 1.0}, "softplus"),
+    ("Softmax", {"dim": 1}, "softmax"),
+    ("LogSoftmax", {"dim": 0}, "log_softmax"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "function"), LAYERS)
+def test_activation_modules_are_their_functions(name, options, function, rng):
+    x = rng.normal(size=(3, 4, 2))
+    expected = getattr(functional, function)(x, **options)
+    np.testing.assert_array_equal(getattr(nn, name)(**options)(x).data, expected.data)
+
+
+@pytest.mark.parametrize(("name", "options", "function"), [*LAYERS, ("Flatten", {}, ""), ("Identity", {}, "")])
+def test_layers_agree_with_pytorch_with_given_and_with_default_arguments(name, options, function, rng, torch):
+    x = rng.normal(size=(3, 4, 2))
+    for arguments in (options, {}):
+        if name in ("Softmax", "LogSoftmax") and not arguments:
+            continue  # PyTorch's default there is deprecated and depends on the number of axes
+        theirs = getattr(torch.nn, name)(**arguments)(torch.tensor(x)).numpy()
+        ours = getattr(nn, name)(**arguments)(Tensor(x)).data
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_linear_says_what_it_got():
+    layer = nn.Linear(784, 100)
+    with pytest.raises(ValueError, match=r"Linear\(784, 100\) got x of shape \(32, 783\); its last axis must be 784"):
+        layer(np.zeros((32, 783), np.float32))
+    with pytest.raises(ValueError, match=r"got x of shape \(\)"):
+        layer(np.float32(1))
+    with pytest.raises(TypeError, match="x float64, weight float32"):
+        layer(np.zeros((32, 784)))
+    for wrong in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="at least one feature on each side"):
+            nn.Linear(*wrong)
+
+
+def test_linear_without_bias_and_with_more_axes():
+    layer = nn.Linear(3, 2, bias=False, dtype=np.float64)
+    assert layer.bias is None
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    x = np.ones((4, 5, 3))
+    np.testing.assert_allclose(layer(x).data, x @ layer.weight.data.T, rtol=1e-15)
+    assert layer(np.ones((0, 5, 3))).shape == (0, 5, 2)
+    assert layer(np.ones(3)).shape == (2,)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, -1), (0, -1), (2, 3), (1, 2), (-2, -1)])
+def test_flatten(start, end, torch):
+    x = np.arange(120.0).reshape(2, 3, 4, 5)
+    expected = torch.nn.Flatten(start, end)(torch.tensor(x)).numpy()
+    np.testing.assert_array_equal(nn.Flatten(start, end)(x).data, expected)
+
+
+def test_dropout_module():
+    layer = nn.Dropout(0.25)
+    x = Tensor(np.ones((50, 40), np.float32), requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, y.data)  # the same mask both ways
+    assert layer.eval()(x) is x
+    assert (nn.Dropout(1.0)(x).data == 0).all()
+    assert nn.Dropout(0.0)(x) is x
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        nn.Dropout(1.5)
+
+
+def test_a_small_network_learns_the_digits():
+    train, _ = data.load_digits()
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    x, y = train[np.arange(len(train))]
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x.reshape(len(x), -1)), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert (model(x.reshape(len(x), -1)).argmax(1) == y).mean() > 0.9

@@ -1,0 +1,416 @@
+"""Optimizers, schedules and clipping beside PyTorch's, step by step. A new optimizer is one class and one row."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from distprop import nn, optim
+from distprop.buffer import FlatBuffer
+from distprop.optim import SGD, clip_grad_norm_, clip_grad_value_, schedule
+from distprop.optim.optimizer import CHUNK_BYTES
+from distprop.tensor import Parameter
+
+SHAPES = [(200, 170), (7,), (), (3, 1, 2)]  # the first is longer than a chunk in float32 too
+assert CHUNK_BYTES < 200 * 170 * 4
+
+# One row an optimizer: ours, PyTorch's name, options. All go through the tests that take `row`.
+ROWS = [
+    *[
+        ("SGD", {"lr": 0.1, "momentum": m, "dampening": d, "weight_decay": w, "nesterov": n})
+        for m, d, w, n in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True))
+        if not (n and (m == 0 or d != 0))
+    ],
+]
+IDS = [f"{name} {' '.join(f'{k}={v}' for k, v in options.items() if v)}" for name, options in ROWS]
+
+
+def pairs(torch, dtype, shapes=SHAPES):
+    """Parameters with the same values in both libraries."""
+    rng = np.random.default_rng(3)
+    arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    return [Parameter(a.copy()) for a in arrays], [torch.nn.Parameter(torch.tensor(a)) for a in arrays]
+
+
+def give_gradients(rng, ours, theirs, torch):
+    for p, q in zip(ours, theirs, strict=True):
+        gradient = rng.normal(size=p.shape).astype(p.dtype)
+        p.grad, q.grad = gradient, torch.tensor(gradient)
+
+
+def assert_equal(ours, theirs, tolerance):
+    for p, q in zip(ours, theirs, strict=True):
+        expected = q.detach().numpy()
+        assert p.dtype == expected.dtype
+        np.testing.assert_allclose(p.data, expected, rtol=tolerance, atol=tolerance)
+
+
+# float32: 20 steps, each with an addition that rounds to 6e-8 of numbers up to about 10
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 3e-6)])
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_twenty_steps_are_pytorchs(row, dtype, tolerance, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, dtype)
+    optimizer, reference = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
+    for _ in range(20):
+        optimizer.zero_grad()
+        reference.zero_grad()
+        give_gradients(rng, ours, theirs, torch)
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, tolerance)
+    assert optimizer.steps == 20
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_groups_with_options_of_their_own(row, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+
+    def groups(p):
+        return [
+            {"params": p[:1]},
+            {"params": iter(p[1:3]), "lr": 0.01, "weight_decay": 0.2},
+            {"params": p[3:], "lr": 0.0},
+        ]
+
+    optimizer = getattr(optim, name)(groups(ours), **options)
+    reference = getattr(torch.optim, name)(groups(theirs), **options)
+    assert [g["lr"] for g in optimizer.param_groups] == [options["lr"], 0.01, 0.0]
+    assert len(optimizer.parameters) == 4
+    for _ in range(5):
+        give_gradients(rng, ours, theirs, torch)
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, 1e-12)
+    optimizer.param_groups[2]["lr"] = reference.param_groups[2]["lr"] = 0.5  # options may be changed as one goes
+    give_gradients(rng, ours, theirs, torch)
+    optimizer.step()
+    reference.step()
+    assert_equal(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_parameters_that_move_to_another_buffer_keep_their_state(row, rng, torch):
+    """`DataParallel` may be made before the optimizer, after it, or after some steps, and may hold more or fewer."""
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+    optimizer, reference = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
+    other = Parameter(np.ones(5))
+    arrangements = [
+        lambda: None,
+        lambda: FlatBuffer([other, *ours]),
+        lambda: FlatBuffer([ours[2], other, ours[0], ours[3], ours[1]]),
+        lambda: (FlatBuffer(ours[:1]), FlatBuffer([other, *ours[1:]])),
+        lambda: None,
+    ]
+    for arrange in arrangements:
+        give_gradients(rng, ours, theirs, torch)
+        arrange()
+        other.grad = 100
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, 1e-12)
+        np.testing.assert_array_equal(other.data, np.ones(5))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_an_optimizer_of_some_parameters_of_a_buffer_leaves_the_others_alone(row, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+    FlatBuffer(ours)
+    subset, reference = [ours[3], ours[1]], [theirs[3], theirs[1]]
+    optimizer, expected = getattr(optim, name)(subset, **options), getattr(torch.optim, name)(reference, **options)
+    before = [ours[0].data.copy(), ours[2].data.copy()]
+    for _ in range(3):
+        give_gradients(rng, ours, theirs, torch)
+        optimizer.step()
+        expected.step()
+        assert_equal(subset, reference, 1e-12)
+    np.testing.assert_array_equal(ours[0].data, before[0])
+    np.testing.assert_array_equal(ours[2].data, before[1])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_frozen_parameter_is_left_alone_and_can_be_thawed(row, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+    optimizer, reference = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
+    for frozen in (None, 1, 0, 3, None):
+        give_gradients(rng, ours, theirs, torch)
+        for number, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.requires_grad = number != frozen
+            if number == frozen:
+                q.grad = None  # PyTorch leaves alone what has no gradient; ours would still have one here
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_parameter_without_a_gradient_counts_as_having_a_zero_one(row, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+    optimizer, reference = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        give_gradients(rng, ours, theirs, torch)
+        if step != 1:  # in step 1 it has a gradient, so that there is a momentum to go on with
+            ours[1].grad, theirs[1].grad = None, torch.zeros(theirs[1].shape, dtype=torch.float64)
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_schedule_is_asked_at_every_step(row, rng, torch):
+    name, options = row
+    ours, theirs = pairs(torch, np.float64)
+    rates = schedule.exponential(0.2, 0.8)
+    optimizer = getattr(optim, name)(ours, **{**options, "lr": rates})
+    reference = getattr(torch.optim, name)(theirs, **{**options, "lr": 0.2})
+    decay = torch.optim.lr_scheduler.ExponentialLR(reference, 0.8)
+    for step in range(6):
+        assert optimizer.lr == pytest.approx(0.2 * 0.8**step)
+        give_gradients(rng, ours, theirs, torch)
+        optimizer.step()
+        reference.step()
+        decay.step()
+        assert_equal(ours, theirs, 1e-12)
+
+
+def test_a_model_that_changes_its_dtype_goes_on_with_its_momentum(rng):
+    p = Parameter(np.zeros(3, np.float32))
+    optimizer = SGD([p], lr=1.0, momentum=0.5)
+    p.grad = [1, 2, 3]
+    optimizer.step()
+    p.data = p.data.astype(np.float64)
+    p.grad = [0, 0, 0]
+    optimizer.step()
+    assert p.dtype == np.float64
+    np.testing.assert_array_equal(p.data, [-1.5, -3, -4.5])
+
+
+def test_gradients_are_not_changed_by_a_step(rng):
+    p = Parameter(rng.normal(size=5))
+    p.grad = rng.normal(size=5)
+    before = p.grad.copy()
+    SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True).step()
+    np.testing.assert_array_equal(p.grad, before)
+
+
+def test_zero_grad_forgets_without_touching_memory():
+    p = Parameter(np.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    p.grad = 5
+    place = p.grad
+    optimizer.zero_grad()
+    assert p.grad is None
+    assert (place == 5).all()
+
+
+def test_the_parameters_of_a_model_are_one_run():
+    """Python per parameter would cost more than the arithmetic."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10)))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    assert [len(runs) for runs in optimizer._runs] == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "learning rate must be 0 or more, got -0.1"),
+        ({"lr": float("nan")}, "learning rate must be 0 or more, got nan"),
+        ({"lr": 0.1, "momentum": -1}, "momentum must be 0 or more, got -1"),
+        ({"lr": 0.1, "weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
+        ({"lr": 0.1, "nesterov": True}, "nesterov needs momentum > 0 and dampening = 0"),
+        ({"lr": 0.1, "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov needs momentum > 0"),
+    ],
+)
+def test_bad_options_are_refused_also_in_a_group(options, message):
+    p = Parameter(np.ones(2))
+    with pytest.raises(ValueError, match=message):
+        SGD([p], **options)
+    with pytest.raises(ValueError, match=message):
+        SGD([{"params": [p], **options}], lr=0.1)
+
+
+def test_bad_parameters_are_refused():
+    p = Parameter(np.ones((2, 2)))
+    used_up = iter([p])
+    list(used_up)
+    for empty in ([], used_up, [{"params": []}]):
+        with pytest.raises(ValueError, match=r"at least one parameter \(was the generator used up before\?\)"):
+            SGD(empty, lr=0.1)
+    for twice in ([p, p], [{"params": [p]}, {"params": [p]}]):
+        with pytest.raises(ValueError, match=r"a parameter of shape \(2, 2\) was given twice"):
+            SGD(twice, lr=0.1)
+    for wrong in ([np.ones(2)], [p * 2], p, [p, {"params": []}]):
+        with pytest.raises(TypeError, match="an optimizer takes parameters, got"):
+            SGD(wrong, lr=0.1)
+    with pytest.raises(TypeError, match="unknown option momentun; there are lr, momentum"):
+        SGD([{"params": [p], "momentun": 0.9}], lr=0.1)
+
+
+def test_parameters_of_two_dtypes_are_refused_at_the_first_step():
+    optimizer = SGD([Parameter(np.ones(2)), Parameter(np.ones(2, np.float32))], lr=0.1)
+    with pytest.raises(TypeError, match="one dtype, got float32, float64"):
+        optimizer.step()
+
+
+# schedules: one row each: ours, PyTorch's class and its arguments, the first rate, the steps to compare
+
+SCHEDULES = [
+    (schedule.constant(0.3), "ConstantLR", {"factor": 1.0}, 0.3, 20),
+    (schedule.step_decay(0.3, 4), "StepLR", {"step_size": 4}, 0.3, 20),
+    (schedule.step_decay(0.3, 1, gamma=0.5), "StepLR", {"step_size": 1, "gamma": 0.5}, 0.3, 10),
+    (schedule.multi_step(0.3, [3, 7, 7, 12], 0.5), "MultiStepLR", {"milestones": [3, 7, 7, 12], "gamma": 0.5}, 0.3, 20),
+    (schedule.exponential(0.3, 0.9), "ExponentialLR", {"gamma": 0.9}, 0.3, 20),
+    (schedule.cosine(0.3, 16), "CosineAnnealingLR", {"T_max": 16}, 0.3, 17),
+    (schedule.cosine(0.3, 16, 0.01), "CosineAnnealingLR", {"T_max": 16, "eta_min": 0.01}, 0.3, 17),
+    (schedule.polynomial(0.3, 10), "PolynomialLR", {"total_iters": 10}, 0.3, 15),
+    (schedule.polynomial(0.3, 10, 2.5), "PolynomialLR", {"total_iters": 10, "power": 2.5}, 0.3, 15),
+    (schedule.warmup(0.3, 5, start=0.1), "LinearLR", {"start_factor": 0.1, "total_iters": 5}, 0.3, 12),
+    (schedule.one_cycle(0.3, 20), "OneCycleLR", {"max_lr": 0.3, "total_steps": 20}, 0.3, 20),
+    (
+        schedule.one_cycle(0.3, 37, rise=0.45, div_factor=10, final_div_factor=100),
+        "OneCycleLR",
+        {"max_lr": 0.3, "total_steps": 37, "pct_start": 0.45, "div_factor": 10, "final_div_factor": 100},
+        0.3,
+        37,
+    ),
+    (
+        schedule.one_cycle(0.3, 10, rise=0.0),
+        "OneCycleLR",
+        {"max_lr": 0.3, "total_steps": 10, "pct_start": 0.0},
+        0.3,
+        10,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("rates", "name", "options", "lr", "steps"), SCHEDULES, ids=[f"{r[1]} {r[2]}" for r in SCHEDULES]
+)
+def test_schedules_are_pytorchs(rates, name, options, lr, steps, torch):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
+    theirs = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
+    for step in range(steps):
+        assert rates(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-16), step
+        optimizer.step()
+        if step < steps - 1:
+            theirs.step()
+
+
+def test_schedules_stay_at_their_end():
+    assert schedule.cosine(0.3, 10, 0.01)(500) == 0.01
+    assert schedule.polynomial(0.3, 10)(500) == 0
+    assert schedule.one_cycle(0.3, 10)(500) == pytest.approx(0.3 / 25 / 1e4)
+
+
+@pytest.mark.parametrize(("steps", "rise"), [(1, 0.3), (2, 0.5), (10, 0.1), (10, 1.0), (3, 1 / 3), (1, 1.0), (4, 0.25)])
+def test_one_cycle_whose_top_is_at_an_end(steps, rise):
+    """The top falls on the first or the last step, where a phase has length 0."""
+    rates = [schedule.one_cycle(0.3, steps, rise)(step) for step in range(steps + 3)]
+    assert all(0 < rate <= 0.3 for rate in rates)
+    assert rates[steps:] == pytest.approx([0.3 / 25 / 1e4] * 3)
+    top = rise * steps - 1
+    if top == int(top) and top >= 0:
+        assert rates[int(top)] == pytest.approx(0.3)
+
+
+def test_warmup_leads_into_the_schedule():
+    rates = schedule.warmup(schedule.exponential(0.4, 0.5), 4)
+    assert [rates(step) for step in range(7)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: schedule.step_decay(0.1, 0),
+        lambda: schedule.polynomial(0.1, 0),
+        lambda: schedule.cosine(0.1, 0),
+        lambda: schedule.warmup(0.1, 0),
+        lambda: schedule.one_cycle(0.1, 0),
+    ],
+)
+def test_schedules_need_at_least_one_step(make):
+    with pytest.raises(ValueError, match=r"(steps|every) must be at least 1, got 0"):
+        make()
+
+
+def test_one_cycle_rises_for_a_share_of_the_steps():
+    for rise in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="rise is a share of the steps, between 0 and 1"):
+            schedule.one_cycle(0.1, 10, rise)
+
+
+# clipping
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("max_norm", [0.5, 10.0, 1e6])
+def test_clipping_the_norm_is_pytorchs(max_norm, dtype, rng, torch):
+    ours, theirs = pairs(torch, dtype, [(4, 3), (5,), (), (2,)])
+    give_gradients(rng, ours[:3], theirs[:3], torch)  # the last has none
+    for p, q in zip(ours[:3], theirs[:3], strict=True):
+        p.grad, q.grad = p.grad * 3, q.grad * 3
+    norm = clip_grad_norm_(iter(ours), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    tolerance = 1e-12 if dtype == np.float64 else 1e-6
+    assert isinstance(norm, float)
+    assert norm == pytest.approx(expected.item(), rel=tolerance)
+    for p, q in zip(ours[:3], theirs[:3], strict=True):
+        np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=tolerance)
+    assert ours[3].grad is None
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_clipping_values_is_pytorchs(dtype, rng, torch):
+    ours, theirs = pairs(torch, dtype, [(4, 3), (5,), (2,)])
+    give_gradients(rng, ours[:2], theirs[:2], torch)
+    clip_grad_value_(iter(ours), 0.5)
+    torch.nn.utils.clip_grad_value_(theirs, 0.5)
+    for p, q in zip(ours[:2], theirs[:2], strict=True):
+        np.testing.assert_array_equal(p.grad, q.grad.numpy())
+    assert abs(ours[0].grad).max() == 0.5
+    assert ours[2].grad is None
+
+
+def test_clipping_takes_one_parameter_as_well_as_several():
+    p = Parameter(np.ones(2))
+    p.grad = [3, 4]
+    assert clip_grad_norm_(p, 1.0) == 5
+    np.testing.assert_allclose(p.grad, [0.6, 0.8], rtol=1e-6)
+    clip_grad_value_(p, 0.7)
+    np.testing.assert_allclose(p.grad, [0.6, 0.7], rtol=1e-6)
+
+
+def test_clipping_works_in_the_flat_buffer():
+    p, q = Parameter(np.ones(2)), Parameter(np.ones(2))
+    buffer = FlatBuffer([p, q])
+    p.grad, q.grad = 30, 40
+    clip_grad_norm_([p, q], 1.0)
+    assert np.linalg.norm(buffer.grad) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_norm_that_float32_cannot_square_and_one_that_is_not_finite():
+    p = Parameter(np.ones(2, np.float32))
+    p.grad = [3e25, 4e25]
+    assert clip_grad_norm_([p], 5.0) == pytest.approx(5e25, rel=1e-6)
+    np.testing.assert_allclose(p.grad, [3, 4], rtol=1e-5)
+    for bad in (np.inf, np.nan):
+        p.grad = [bad, 1]
+        assert not math.isfinite(clip_grad_norm_([p], 1.0))
+        assert p.grad[1] == 1
+
+
+def test_limits_must_be_positive():
+    for bad in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="max_norm must be more than 0"):
+            clip_grad_norm_([], bad)
+        with pytest.raises(ValueError, match="clip_value must be more than 0"):
+            clip_grad_value_([], bad)
+    assert clip_grad_norm_([], 1.0) == 0

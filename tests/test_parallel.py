@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+
+import parallel_suite
+import split_invariance
+from distprop import functional as F
+from distprop.comm import CollectiveError, SoloCommunicator, run_threads
+from distprop.data import Loader
+from distprop.parallel import DataParallel
+from parallel_suite import make_model, rows
+from scenario import run
+from split_invariance import CASES, SEED, STEPS, make_optimizer, train_in_a_loop
+
+
+@pytest.mark.parametrize(("scenario", "size"), split_invariance.suite.in_threads((1, 2, 3, 4, 5)))
+def test_any_split_makes_the_parameters_of_one_process(scenario, size):
+    run(scenario, size)
+
+
+@pytest.mark.parametrize(("scenario", "size"), parallel_suite.suite.in_threads((1, 2, 3, 5)))
+def test_parallel(scenario, size):
+    run(scenario, size)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_any_split_makes_the_parameters_of_pytorch(size):
+    torch = pytest.importorskip("torch")
+    case = CASES["uneven_shards"]
+    model = case.build(seed=0)
+    theirs = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in model.state_dict().items()})
+    options = make_optimizer(model).param_groups[0]
+    optimizer = torch.optim.SGD(theirs.parameters(), **{n: options[n] for n in ("lr", "momentum", "weight_decay")})
+    loader = Loader(case.data(), batch_size=case.batch_size, seed=SEED)
+    for step in range(STEPS):
+        if step % len(loader) == 0:
+            batches = iter(loader)
+        x, y = next(batches)
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(theirs(torch.tensor(x)), torch.tensor(y)).backward()
+        optimizer.step()
+
+    def train(comm):
+        ours = case.build(seed=comm.rank)
+        train_in_a_loop(case, ours, comm)
+        return ours.state_dict()
+
+    for state in run_threads(size, train):
+        for name, value in theirs.state_dict().items():
+            np.testing.assert_allclose(state[name], value.numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_world_is_the_default():
+    parallel = DataParallel(make_model())
+    assert isinstance(parallel.comm, SoloCommunicator)
+    F.mse_loss(parallel(rows(2)[0]), rows(2)[1]).backward()
+
+
+def test_a_parameter_without_gradient_is_named_once_by_rank_0():
+    def three_steps(comm):
+        case = CASES["a_parameter_without_gradient"]
+        model = case.build(seed=0)
+        parallel = DataParallel(model, comm)
+        x, y = case.data().arrays
+        for _ in range(3):
+            model.zero_grad()
+            F.mse_loss(parallel(x), y).backward()
+
+    with pytest.warns(UserWarning, match=r"no gradient reached after, before\.weight, before\.bias;") as caught:
+        run_threads(3, three_steps)
+    assert len(caught) == 1
+
+
+def test_a_batch_without_examples_is_no_reason_to_warn():
+    def empty_step(comm):
+        parallel = DataParallel(make_model(), comm)
+        x, y = rows(0 if comm.rank == 0 else 2)
+        F.mse_loss(parallel(x), y).backward()
+
+    run_threads(2, empty_step)  # pytest makes a warning an error
+
+
+def test_a_rank_that_raises_between_forward_and_backward_stops_the_others():
+    def raise_on_one(comm):
+        parallel = DataParallel(make_model(), comm)
+        x, y = rows(3)
+        loss = F.mse_loss(parallel(x), y)
+        if comm.rank == 1:
+            raise KeyError("a bad record")
+        with pytest.raises(CollectiveError, match="a bad record"):
+            loss.backward()
+
+    with pytest.raises(KeyError, match="a bad record"):
+        run_threads(3, raise_on_one, timeout_seconds=20)

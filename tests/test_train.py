@@ -1,0 +1,159 @@
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+import train_suite
+from distprop.comm import CollectiveError, SoloCommunicator, mpi, run_threads
+from distprop.train import NonFiniteLossError
+from scenario import run
+from train_suite import classes, make_trainer
+
+
+@pytest.mark.parametrize(("scenario", "size"), train_suite.suite.in_threads((1, 2, 3, 5)))
+def test_trainer(scenario, size):
+    run(scenario, size)
+
+
+def test_without_a_communicator_it_is_the_world():
+    assert isinstance(make_trainer(None).comm, SoloCommunicator)
+
+
+def test_only_rank_0_speaks(capsys):
+    run_threads(3, lambda comm: make_trainer(comm, progress=True).fit(classes(10), epochs=2, validation=classes(3)))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 1  loss ")
+    assert second.startswith("epoch 2  loss ")
+    assert "validation loss" in first
+    assert first.endswith(" samples/s")
+
+
+def test_nothing_is_shown_without_progress(capsys):
+    make_trainer(SoloCommunicator(), progress=False).fit(classes(10), epochs=1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_metrics_up_to_an_error_are_on_the_disk(tmp_path):
+    data = classes(12)
+    data.x[:, 0] = np.nan
+    trainer = make_trainer(SoloCommunicator(), run_dir=tmp_path)
+    trainer.fit(classes(12), steps=2)
+    with pytest.raises(NonFiniteLossError):
+        trainer.fit(data, epochs=1)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+class Broken:
+    """A dataset that one rank cannot read."""
+
+    def __init__(self, rank):
+        self.whole, self.rank = classes(12), rank
+
+    def __len__(self):
+        return len(self.whole)
+
+    def __getitem__(self, indices):
+        if self.rank == 1:
+            raise OSError("the disk of rank 1 is gone")
+        return self.whole[indices]
+
+
+@pytest.mark.parametrize("what", ["fit", "evaluate"])
+def test_a_rank_that_cannot_read_its_data_stops_the_others(what):
+    stopped = []
+
+    def train(comm):
+        try:
+            trainer = make_trainer(comm)
+            trainer.fit(Broken(comm.rank), epochs=1) if what == "fit" else trainer.evaluate(Broken(comm.rank))
+        except CollectiveError as error:
+            stopped.append((comm.rank, "the disk of rank 1 is gone" in str(error)))
+            raise
+
+    with pytest.raises(OSError, match="the disk of rank 1 is gone"):
+        run_threads(3, train, timeout_seconds=20)
+    assert sorted(stopped) == [(0, True), (2, True)]
+
+
+# The same on real ranks: a failure of one ends the job within seconds, and its reason is on standard error.
+
+FAILURES = {
+    "a dataset": (
+        "OSError: the disk of rank 1 is gone",
+        """
+        class Broken:
+            def __len__(self):
+                return 12
+
+            def __getitem__(self, indices):
+                if comm.rank == 1:
+                    raise OSError("the disk of rank 1 is gone")
+                return np.ones((len(indices), 4), np.float32), np.zeros(len(indices), int)
+
+        trainer.fit(Broken(), epochs=1)
+        """,
+    ),
+    "a loss": (
+        "NonFiniteLossError: step 3 (epoch 0): the loss is not finite on rank 1 of 2; nothing was updated",
+        """
+        x = np.ones((12, 4), np.float32)
+        x[dp.data.loader.order(0, 0, 12)[10]] = np.nan  # the third of the last batch of four
+        trainer.fit(dp.data.ArrayDataset(x, np.zeros(12, int)), epochs=1)
+        """,
+    ),
+    "a callback": (
+        "KeyError: 'in a callback'",
+        """
+        def callback(result):
+            if comm.rank == 1:
+                raise KeyError("in a callback")
+
+        trainer.callbacks.append(callback)
+        trainer.fit(dp.data.ArrayDataset(np.ones((12, 4), np.float32), np.zeros(12, int)), epochs=1)
+        """,
+    ),
+    "a parameter": (
+        "DivergenceError: parameter bias of shape (3,) differs between ranks: rank 0 against rank 1",
+        """
+        model.bias.data[0] += comm.rank
+        trainer.fit(dp.data.ArrayDataset(np.ones((12, 4), np.float32), np.zeros(12, int)), epochs=50)
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_on_mpi_ranks_a_failure_ends_the_job_with_its_traceback(failure, tmp_path):
+    try:
+        mpi.library()
+    except mpi.MPIMissingError as error:
+        pytest.skip(str(error))
+    message, body = FAILURES[failure]
+    head = """
+        import numpy as np
+        import distprop as dp
+        from distprop import functional as F
+
+        comm = dp.world()
+        assert comm.size == 2
+        model = dp.nn.Linear(4, 3)
+        trainer = dp.Trainer(model, F.cross_entropy, dp.optim.SGD(model.parameters(), lr=0.1), batch_size=4)
+        """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(head) + textwrap.dedent(body) + "\nprint('the end')\n")
+    began = time.monotonic()
+    job = subprocess.run(
+        [sys.executable, "-m", "distprop", "run", "-n", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert job.returncode != 0
+    assert time.monotonic() - began < 20
+    assert "Traceback (most recent call last)" in job.stderr
+    assert message in job.stderr
+    assert "the end" not in job.stdout

@@ -1,0 +1,407 @@
+"""What `Trainer` promises, on any number of ranks."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distprop import functional as F
+from distprop import manual_seed, nn, optim
+from distprop.comm import Communicator
+from distprop.data import ArrayDataset
+from distprop.data.loader import order, share
+from distprop.tensor import Tensor
+from distprop.train import EVALUATION_ROWS, NonFiniteLossError, StepResult, Trainer
+from scenario import Suite
+
+suite = Suite()
+
+
+def make_model(outputs: int = 3) -> nn.Sequential:
+    manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+
+
+def classes(length: int, seed: int = 0) -> ArrayDataset:
+    """4 inputs, 3 classes."""
+    random = np.random.default_rng(seed)
+    return ArrayDataset(random.standard_normal((length, 4)), random.integers(0, 3, length))
+
+
+def make_trainer(comm: Communicator, model: nn.Module | None = None, **options) -> Trainer:
+    model = model if model is not None else make_model()
+    options = {"batch_size": 4, "progress": False, "loss": F.cross_entropy, "lr": 0.3} | options
+    optimizer = optim.SGD(model.parameters(), lr=options.pop("lr"))
+    return Trainer(model, options.pop("loss"), optimizer, comm=comm, **options)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in model.state_dict().items()}
+
+
+def assert_equal_on_all_ranks(comm: Communicator, value: object) -> None:
+    values = [json.loads(message) for message in comm.allgather(json.dumps(value).encode())]
+    assert values == [values[0]] * comm.size
+
+
+def numbers(result: StepResult) -> list[object]:
+    """All but the time, which is each rank's own."""
+    return [result.step, result.epoch, result.loss, result.metrics, result.examples, result.lr]
+
+
+@contextmanager
+def folder_of_rank_0(comm: Communicator) -> Iterator[Path]:
+    """A temporary folder that all ranks know."""
+    mine = tempfile.mkdtemp() if comm.rank == 0 else ""
+    folder = Path(comm.allgather(mine.encode())[0].decode())
+    try:
+        yield folder
+    finally:
+        comm.barrier()
+        if comm.rank == 0:
+            shutil.rmtree(folder)
+
+
+# --- evaluate
+
+
+@suite.scenario()
+def evaluation_is_exact_for_any_split(comm: Communicator) -> None:
+    """Sets smaller than the world, not divisible by it, and of several pieces a rank."""
+    model = make_model()
+    trainer = make_trainer(comm, model)
+    for length in (1, 2, 7, 64, 2 * EVALUATION_ROWS + 5):
+        dataset = classes(length, seed=length)
+        output = model(dataset.x)
+        found = trainer.evaluate(dataset)
+        assert list(found) == ["loss", "accuracy"]
+        np.testing.assert_allclose(found["loss"], F.cross_entropy(output, dataset.y).item(), rtol=1e-12)
+        assert found["accuracy"] == (output.data.argmax(1) == dataset.y).sum() / length
+        assert_equal_on_all_ranks(comm, found)
+
+
+@suite.scenario()
+def evaluation_has_no_accuracy_where_there_are_no_classes(comm: Communicator) -> None:
+    trainer = make_trainer(comm, loss=F.mse_loss)
+    found = trainer.evaluate(ArrayDataset(np.ones((2, 4)), np.ones((2, 3))))
+    assert list(found) == ["loss"]
+
+
+class EachPosition(nn.Module):
+    """Scores (batch, classes, positions)."""
+
+    def __init__(self) -> None:
+        self.inner = make_model(outputs=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).reshape(-1, 3, 2)
+
+
+@suite.scenario()
+def the_accuracy_of_sequences_is_over_their_positions(comm: Communicator) -> None:
+    model = EachPosition()
+    dataset = ArrayDataset(classes(5).x, np.arange(10).reshape(5, 2) % 3)
+    found = make_trainer(comm, model).evaluate(dataset)
+    assert found["accuracy"] == pytest.approx((model(dataset.x).data.argmax(1) == dataset.y).mean(), rel=1e-12)
+
+
+@suite.scenario()
+def evaluation_restores_each_modules_mode(comm: Communicator) -> None:
+    manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9), nn.Dropout(0.9)).double()
+    trainer = make_trainer(comm, model)
+    model[2].eval()
+    without_dropout = F.cross_entropy(model[0](classes(9).x), classes(9).y).item()
+    assert trainer.evaluate(classes(9))["loss"] == pytest.approx(without_dropout, rel=1e-12)
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+    def broken(output: Tensor, target: np.ndarray) -> Tensor:
+        raise KeyError("in the loss")
+
+    trainer.loss = broken
+    with pytest.raises(KeyError, match="in the loss"):
+        trainer.evaluate(classes(comm.size))
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+@suite.scenario()
+def evaluation_keeps_no_graph_and_changes_no_gradient(comm: Communicator) -> None:
+    seen = []
+
+    def loss(output: Tensor, target: np.ndarray) -> Tensor:
+        seen.append(output.requires_grad)
+        return F.cross_entropy(output, target)
+
+    model = make_model()
+    trainer = make_trainer(comm, model, loss=loss)
+    before = bits(model)
+    trainer.evaluate(classes(comm.size))
+    assert seen == [False]
+    assert bits(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@suite.scenario()
+def an_empty_set_is_refused_before_any_training(comm: Communicator) -> None:
+    trainer = make_trainer(comm)
+    with pytest.raises(ValueError, match="empty dataset"):
+        trainer.evaluate(classes(0))
+    with pytest.raises(ValueError, match="empty validation set"):
+        trainer.fit(classes(8), epochs=1, validation=classes(0))
+    assert trainer.step == 0
+
+
+# --- fit
+
+
+@suite.scenario()
+def fit_ends_with_the_epochs_or_the_steps_whichever_come_first(comm: Communicator) -> None:
+    for epochs, steps, expected_steps, expected_epochs in (
+        (2, None, 6, [0, 1]),
+        (None, 4, 4, [0, 1]),
+        (None, 3, 3, [0]),
+        (2, 5, 5, [0, 1]),
+        (1, 5, 3, [0]),
+        (0, None, 0, []),
+        (None, 0, 0, []),
+    ):
+        trainer = make_trainer(comm)
+        results = trainer.fit(classes(10), epochs=epochs, steps=steps)
+        assert trainer.step == expected_steps
+        assert [result.epoch for result in results] == expected_epochs
+        assert_equal_on_all_ranks(comm, [[r.epoch, r.loss, r.metrics, r.validation] for r in results])
+
+
+@suite.scenario()
+def a_second_fit_goes_on_where_the_first_stopped(comm: Communicator) -> None:
+    def train(calls: list[dict[str, int]]) -> tuple[dict[str, bytes], list[object]]:
+        seen: list[StepResult] = []
+        model = make_model()
+        trainer = make_trainer(comm, model, callbacks=[seen.append])
+        for call in calls:
+            trainer.fit(classes(10), **call)
+        return bits(model), [numbers(result) for result in seen]
+
+    assert train([{"steps": 2}, {"steps": 5}]) == train([{"steps": 7}])
+    assert train([{"epochs": 1}, {"epochs": 2}]) == train([{"epochs": 3}])
+    assert train([{"steps": 4}, {"epochs": 1}]) == train([{"epochs": 2}])  # the rest of the second epoch
+
+
+@suite.scenario()
+def every_step_tells_the_mean_over_the_global_batch(comm: Communicator) -> None:
+    """The loss and accuracy before the update, whatever the split; the last batch of an epoch is smaller."""
+    dataset = classes(10)
+    model = make_model()
+    expected: list[tuple[float, float, int]] = []
+    alone = make_model()
+    optimizer = optim.SGD(alone.parameters(), lr=0.3)
+    for epoch in range(2):
+        indices = order(5, epoch, 10)
+        for batch in (indices[:4], indices[4:8], indices[8:]):
+            output = alone(dataset.x[batch])
+            loss = F.cross_entropy(output, dataset.y[batch])
+            expected.append((loss.item(), (output.data.argmax(1) == dataset.y[batch]).mean(), len(batch)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for accumulate in (1, 3):
+        seen: list[StepResult] = []
+        model = make_model()
+        trainer = make_trainer(comm, model, seed=5, accumulate=accumulate, callbacks=[seen.append])
+        results = trainer.fit(dataset, epochs=2)
+        assert [result.step for result in seen] == [1, 2, 3, 4, 5, 6]
+        assert [result.epoch for result in seen] == [0, 0, 0, 1, 1, 1]
+        assert [result.examples for result in seen] == [4, 4, 2, 4, 4, 2]
+        np.testing.assert_allclose([result.loss for result in seen], [e[0] for e in expected], rtol=1e-12)
+        np.testing.assert_allclose([result.metrics["accuracy"] for result in seen], [e[1] for e in expected])
+        assert all(result.seconds > 0 and result.lr == 0.3 for result in seen)
+        assert_equal_on_all_ranks(comm, [numbers(result) for result in seen])
+        for result, part in zip(results, (expected[:3], expected[3:]), strict=True):
+            assert result.loss == pytest.approx(sum(e[0] * e[2] for e in part) / 10, rel=1e-12)
+            assert result.metrics["accuracy"] == pytest.approx(sum(e[1] * e[2] for e in part) / 10, rel=1e-12)
+
+
+@suite.scenario()
+def the_learning_rate_shown_is_the_one_of_the_step(comm: Communicator) -> None:
+    seen: list[StepResult] = []
+    make_trainer(comm, lr=lambda step: 0.1 * 0.5**step, callbacks=[seen.append]).fit(classes(10), steps=3)
+    np.testing.assert_allclose([result.lr for result in seen], [0.1, 0.05, 0.025], rtol=1e-12)
+
+
+@suite.scenario()
+def a_callback_that_returns_true_stops_all_ranks_at_that_step(comm: Communicator) -> None:
+    """Also one that returns it on one rank only, such as a limit on the time."""
+    for chosen in range(comm.size):
+        calls: list[int] = []
+
+        def stop(result: StepResult, chosen: int = chosen) -> bool:
+            return result.step == 5 and comm.rank == chosen
+
+        model = make_model()
+        trainer = make_trainer(comm, model, callbacks=[stop, lambda result, calls=calls: calls.append(result.step)])
+        results = trainer.fit(classes(10), epochs=9, validation=classes(3))
+        assert trainer.step == 5
+        assert calls == [1, 2, 3, 4, 5]
+        assert [result.epoch for result in results] == [0, 1]
+        assert results[-1].validation == trainer.evaluate(classes(3))
+    trainer.callbacks.clear()
+    trainer.fit(classes(10), epochs=1)
+    assert trainer.step == 6  # the last batch of that epoch
+
+
+@suite.scenario()
+def validation_is_evaluated_after_every_epoch(comm: Communicator) -> None:
+    model = make_model()
+    trainer = make_trainer(comm, model)
+    first, second = trainer.fit(classes(10), epochs=2, validation=classes(5, seed=1))
+    assert first.validation["loss"] != second.validation["loss"]
+    assert second.validation == trainer.evaluate(classes(5, seed=1))
+    assert all(module.training for module in model.modules())
+
+
+@suite.scenario()
+def the_gradient_norm_is_clipped_over_all_parameters_and_ranks(comm: Communicator) -> None:
+    model = make_model()
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    make_trainer(comm, model, lr=1.0, clip_norm=0.01).fit(classes(10), steps=1)
+    moved = np.concatenate([(array - before[name]).ravel() for name, array in model.state_dict().items()])
+    assert np.linalg.norm(moved) == pytest.approx(0.01, rel=1e-3)
+    unclipped, loosely = make_model(), make_model()
+    make_trainer(comm, unclipped).fit(classes(10), steps=3)
+    make_trainer(comm, loosely, clip_norm=1e6).fit(classes(10), steps=3)
+    assert bits(unclipped) == bits(loosely)
+
+
+@suite.scenario()
+def the_seed_names_the_order(comm: Communicator) -> None:
+    def train(seed: int) -> dict[str, bytes]:
+        model = make_model()
+        make_trainer(comm, model, seed=seed).fit(classes(10), steps=2)
+        return bits(model)
+
+    assert train(1) == train(1)
+    assert train(1) != train(2)
+
+
+# --- a loss that is not finite
+
+
+@suite.scenario()
+def a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(comm: Communicator) -> None:
+    """The bad row lies in the share of each rank in turn, in the fifth batch, which is in the second epoch."""
+    batch = 2 * comm.size + 1
+    for value in (np.nan, np.inf):
+        for bad_rank in range(comm.size):
+            for accumulate in (1, 2):
+                rows = order(0, 1, 3 * batch)[batch : 2 * batch]
+                x, y = np.ones((3 * batch, 4)), np.zeros((3 * batch, 3))
+                good = y.copy()
+                seen: list[StepResult] = []
+                model = make_model()
+                trainer = make_trainer(
+                    comm, model, loss=F.mse_loss, batch_size=batch, accumulate=accumulate, callbacks=[seen.append]
+                )
+                trainer.fit(ArrayDataset(x, good), steps=4)
+                before = bits(model)
+                y[rows[share(batch, bad_rank, comm.size)][0]] = value
+                message = rf"step 5 \(epoch 1\): the loss is not finite on rank {bad_rank} of {comm.size}; nothing was"
+                with np.errstate(all="ignore"), pytest.raises(NonFiniteLossError, match=message):
+                    trainer.fit(ArrayDataset(x, y), epochs=5)
+                assert bits(model) == before
+                assert (trainer.step, trainer.optimizer.steps, len(seen)) == (4, 4, 4)
+                trainer.fit(ArrayDataset(x, good), steps=1)  # and nothing bad is left in the gradients
+                clean = make_model()
+                make_trainer(comm, clean, loss=F.mse_loss, batch_size=batch, accumulate=accumulate).fit(
+                    ArrayDataset(x, good), steps=5
+                )
+                assert bits(model) == bits(clean)
+
+
+@suite.scenario(min_size=2)
+def several_ranks_whose_loss_is_not_finite_are_counted(comm: Communicator) -> None:
+    model = make_model()
+    trainer = make_trainer(comm, model, loss=F.mse_loss, batch_size=3 * comm.size)
+    before = bits(model)
+    with pytest.raises(NonFiniteLossError, match=rf"not finite on {comm.size} ranks of {comm.size}"):
+        trainer.fit(ArrayDataset(np.ones((3 * comm.size, 4)), np.full((3 * comm.size, 3), np.nan)), steps=1)
+    assert bits(model) == before
+
+
+# --- arguments
+
+
+@suite.scenario()
+def arguments_out_of_range_are_refused(comm: Communicator) -> None:
+    for options, message in (
+        ({"batch_size": 0}, "at least 1, got 0 and 1"),
+        ({"accumulate": 0}, "at least 1, got 4 and 0"),
+        ({"clip_norm": 0}, "clip_norm must be more than 0, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(comm, **options)
+    trainer = make_trainer(comm)
+    for arguments, message in (
+        ({}, "needs epochs or steps"),
+        ({"epochs": -1}, "0 or more, got -1 and None"),
+        ({"epochs": 1, "steps": -1}, "0 or more, got 1 and -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(classes(8), **arguments)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        trainer.fit(classes(0), epochs=1)
+    assert trainer.step == 0
+
+
+@suite.scenario()
+def a_loss_that_is_not_one_number_is_refused(comm: Communicator) -> None:
+    def each(output: Tensor, target: np.ndarray) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none")
+
+    trainer = make_trainer(comm, loss=each, batch_size=2 * comm.size)
+    with pytest.raises(ValueError, match=r"one number, the mean over the examples; got shape \(2,\)"):
+        trainer.fit(classes(2 * comm.size), epochs=1)
+
+
+# --- metrics.jsonl
+
+
+@suite.scenario()
+def rank_0_writes_a_line_for_every_step_and_epoch(comm: Communicator) -> None:
+    with folder_of_rank_0(comm) as folder:
+        run_dir = folder / "runs" / "first"
+        seen: list[StepResult] = []
+        validation = ArrayDataset(np.full((2, 4), np.nan), np.zeros(2, int))
+        trainer = make_trainer(comm, run_dir=str(run_dir), callbacks=[seen.append])
+        results = trainer.fit(classes(10), epochs=2, validation=validation)
+        trainer.fit(classes(10), steps=1)
+        comm.barrier()
+        assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
+        text = (run_dir / "metrics.jsonl").read_text()
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+        steps = [line for line in lines if "epoch_loss" not in line]
+        epochs = [line for line in lines if "epoch_loss" in line]
+        assert len(lines) == 7 + 3
+        for line, result in zip(steps, seen, strict=True):
+            assert line.pop("seconds") >= 0
+            assert line == {
+                "step": result.step,
+                "epoch": result.epoch,
+                "loss": result.loss,
+                "accuracy": result.metrics["accuracy"],
+                "lr": 0.3,
+                "examples": result.examples,
+            }
+        assert lines[3] == {
+            "epoch": 0,
+            "step": 3,
+            "epoch_loss": results[0].loss,
+            "accuracy": results[0].metrics["accuracy"],
+            "validation_loss": None,  # it was NaN, which JSON cannot say
+            "validation_accuracy": results[0].validation["accuracy"],
+        }
+        assert [line["step"] for line in epochs] == [3, 6, 7]
