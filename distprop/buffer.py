@@ -23,14 +23,15 @@ class FlatBuffer:
         parameters: in layout order, that is reversed.
         data: all values, `(size,)`.
         grad: all gradients, `(size,)`.
-        lane: the numbers behind the gradients, `(LANE_LENGTH,)`.
-        message: gradients and lane, one block of memory.
+        extra: room for other numbers that travel with the gradients, `(extra,)`.
+        lane: the control lane, `(LANE_LENGTH,)`.
+        message: gradients, extra and lane, one block of memory.
 
     Raises:
         TypeError: the parameters have different dtypes.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], extra: int = 0) -> None:
         self.parameters = tuple(reversed(parameters))
         dtypes = sorted({str(p.dtype) for p in self.parameters})
         if len(dtypes) != 1:
@@ -39,8 +40,8 @@ class FlatBuffer:
             )
         size = sum(p.data.size for p in self.parameters)
         self.data: Array = np.empty(size, dtypes[0])
-        self.message: Array = np.zeros(size + LANE_LENGTH, dtypes[0])
-        self.grad, self.lane = self.message[:size], self.message[size:]
+        self.message: Array = np.zeros(size + extra + LANE_LENGTH, dtypes[0])
+        self.grad, self.extra, self.lane = np.split(self.message, [size, size + extra])
         self._starts: dict[int, int] = {}
         start = 0
         for parameter in self.parameters:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,27 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from distprop.buffer import LANE_LENGTH, FlatBuffer, fill_missing
+from distprop.buffer import FlatBuffer, fill_missing
 from distprop.comm import Communicator, world
+from distprop.fixed_tree import FixedTree
+from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.nn.module import Module
+from distprop.running import RunningStatistics
 from distprop.tape import Array, gradients_needed
 from distprop.tensor import Parameter, Tensor
-
-# The control lane: exact small numbers that are summed with the gradients. Counts are split in two so that each part
-# stays below 2^24, where float32 still counts in ones. The schedule goes with its square: n Σs² = (Σs)² only if all n
-# are equal, so every rank sees a difference, also one whose own number happens to be the mean.
-_LANE = ("examples_high", "examples_low", "schedule", "schedule_squared")
-_SPLIT = 4096
-_SCHEDULES = 64  # the squares stay below 2^12, their sum exact up to 4096 ranks
-MESSAGE_NUMBERS = LANE_LENGTH - len(_LANE)
 
 
 class DivergenceError(RuntimeError):
     """Parameters that should be equal on all ranks are not."""
-
-
-class ScheduleError(RuntimeError):
-    """The ranks are not at the same step."""
 
 
 class DataParallel:
@@ -60,6 +52,8 @@ class DataParallel:
         module: the model; its trainable parameters move into one `FlatBuffer`.
         comm: the ranks; `world()` by default.
         verify_every: reductions between two comparisons of parameters; 0 for none after the start.
+        shards: cut every global batch into so many shards and add their gradients in a `FixedTree`, for the same bits
+            on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
@@ -68,7 +62,14 @@ class DataParallel:
         ScheduleError: a rank is at another step.
     """
 
-    def __init__(self, module: Module, comm: Communicator | None = None, *, verify_every: int = 100) -> None:
+    def __init__(
+        self,
+        module: Module,
+        comm: Communicator | None = None,
+        *,
+        verify_every: int = 100,
+        shards: int | None = None,
+    ) -> None:
         self.module = module
         self.comm = comm if comm is not None else world()
         self.verify_every = verify_every
@@ -80,7 +81,12 @@ class DataParallel:
         if not self._trained:
             raise ValueError(f"{type(module).__name__} has no parameter to train")
         self._compare_layout(named)
-        self._buffer = FlatBuffer(self._trained)
+        self._statistics = RunningStatistics(module)
+        self._buffer = FlatBuffer(self._trained, extra=self._statistics.size)
+        self.shards = shards
+        self._tree: FixedTree | None = None
+        if shards is not None:
+            self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
         self._broadcast()
         self.verify()
         self._sending: dict[str, float] = {}
@@ -91,6 +97,7 @@ class DataParallel:
         self._examples = 0.0  # since the last reduction, on this rank
         self._backwards = 0
         self._reductions = 0
+        self.reduce_seconds = 0.0  # how long the last Allreduce took, waiting for slower ranks included
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
         self._warned = False
 
@@ -99,7 +106,7 @@ class DataParallel:
         if self._walking:  # the last backward pass raised; what it put aside belongs to that step
             self._walking, self._kept = False, None
         examples = _leading_axis(args, kwargs)
-        output = self.module(*args, **kwargs)
+        output = self._forward(examples, args, kwargs)
         if self._forward_pass is None or self._forward_pass.examples != examples:
             self._forward_pass = _ForwardPass(self, examples)
         if not _mark(output, self._forward_pass) and gradients_needed(tuple(self._trained)):
@@ -108,6 +115,15 @@ class DataParallel:
                 f"a {type(output).__name__}, so it could not see the backward pass; "
                 "return tensors, or a list, tuple, mapping or dataclass of them"
             )
+        return output
+
+    def _forward(self, examples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the module; what it does to its running statistics is kept back for the reduction."""
+        if not (self._statistics.size and self.module.training and gradients_needed(tuple(self._trained))):
+            return self.module(*args, **kwargs)
+        self._statistics.begin()
+        output = self.module(*args, **kwargs)
+        self._statistics.end(examples, self._buffer.extra)
         return output
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
@@ -188,7 +204,7 @@ class DataParallel:
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass that is about to start."""
         if not self._buffer.holds(self._trained):
-            self._buffer = FlatBuffer(self._trained)
+            self._buffer = FlatBuffer(self._trained, extra=self._statistics.size)
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -209,36 +225,63 @@ class DataParallel:
         self._walking = False
         self._examples += weight
         self._backwards += 1
-        if self._syncing:
+        if self._syncing and self._tree is None:
             self._reduce()
         elif all(parameter.grad is None for parameter in self._trained):
             fill_missing(self._trained)  # no examples here; None is what zero_grad() leaves
 
-    def _reduce(self) -> None:
-        """One Allreduce of gradients and lane, then the division that turns sums into means."""
+    def end_shard(self) -> None:
+        """With `shards`: the backward passes since the last call were those of this rank's next shard."""
+        if self._tree is None:
+            raise RuntimeError("end_shard() is for DataParallel(..., shards=n)")
         self._fill_missing()
-        if self.verify_every and self._reductions % self.verify_every == self.verify_every - 1:
-            self.verify()
-        schedule = (31 * self._reductions + self._backwards) % _SCHEDULES
-        high, low = divmod(self._examples, _SPLIT)
-        lane = self._buffer.lane
-        lane[:] = 0
-        lane[: len(_LANE)] = high, low, schedule, schedule**2
-        lane[len(_LANE) : len(_LANE) + len(self._sending)] = list(self._sending.values())
+        self._write_lane()
+        self._tree.add(self._buffer.message)
+        self._buffer.extra[:] = 0
+        for parameter in self._trained:
+            parameter.grad = None
+        self._examples, self._backwards, self._sending = 0.0, 0, dict.fromkeys(self._sending, 0.0)
+
+    def reduce_shards(self) -> None:
+        """With `shards`: sum over the shards of all ranks. Collective, after `end_shard` for each of this rank's."""
+        if self._tree is None:
+            raise RuntimeError("reduce_shards() is for DataParallel(..., shards=n)")
+        fill_missing(self._trained)  # the gradients are about to be written
+        self._verify_every_so_often()
+        self._tree.total(self._buffer.message)
+        self._finish(self._tree.shards)
+
+    def _reduce(self) -> None:
+        """One Allreduce of gradients, statistics and lane."""
+        self._fill_missing()
+        self._verify_every_so_often()
+        self._write_lane()
+        began = time.perf_counter()
         self.comm.allreduce(self._buffer.message)
-        high, low, schedules, squares, *numbers = lane.tolist()
-        if schedules**2 != squares * self.comm.size:
-            raise ScheduleError(
-                f"rank {self.comm.rank} is at reduction {self._reductions} after {self._backwards} backward passes, "
-                "but another rank is not: do all ranks make the same number of steps and of no_sync() passes?"
-            )
-        examples = high * _SPLIT + low
-        self.received = {"examples": examples, **dict(zip(self._sending, numbers, strict=False))}
-        self._buffer.grad *= self._buffer.grad.dtype.type(self._backwards / examples if examples else 0)
+        self.reduce_seconds = time.perf_counter() - began
+        self._finish(self.comm.size)
+
+    def _write_lane(self) -> None:
+        write_lane(self._buffer.lane, self._examples, self._backwards, self._reductions, self._sending)
+
+    def _finish(self, senders: int) -> None:
+        """Turn the summed message into means."""
+        place = f"rank {self.comm.rank} is at reduction {self._reductions} after {self._backwards} backward passes"
+        received = read_lane(self._buffer.lane, senders, self._sending, place)
+        self.received = {"examples": received.examples, **received.numbers}
+        scale = received.backwards / received.examples if received.examples else 0
+        self._buffer.grad *= self._buffer.grad.dtype.type(scale)
         if self._kept is not None:
             self._buffer.grad += self._kept
+        if self._statistics.size:
+            self._statistics.apply(self._buffer.extra)
+            self._buffer.extra[:] = 0
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self._reductions += 1
+
+    def _verify_every_so_often(self) -> None:
+        if self.verify_every and self._reductions % self.verify_every == self.verify_every - 1:
+            self.verify()
 
     def _fill_missing(self) -> None:
         missing = fill_missing(self._trained)

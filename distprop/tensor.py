@@ -220,6 +220,15 @@ class Tensor:
     def __rpow__(self, other: Operand) -> Tensor:
         return self._operand(other) ** self
 
+    def __iadd__(self, other: Operand) -> Tensor:
+        return self if self._in_place(np.add, other) else self + other
+
+    def __isub__(self, other: Operand) -> Tensor:
+        return self if self._in_place(np.subtract, other) else self - other
+
+    def __imul__(self, other: Operand) -> Tensor:
+        return self if self._in_place(np.multiply, other) else self * other
+
     def __neg__(self) -> Tensor:
         return _elementwise(-self.data, (self, np.negative))
 
@@ -389,6 +398,9 @@ class Tensor:
     def __int__(self) -> int:
         return int(self._data.item())
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if spec and self._data.size == 1 else str(self), spec)
+
     def __len__(self) -> int:
         return len(self._data)
 
@@ -409,6 +421,13 @@ class Tensor:
         if isinstance(other, int | float) and self._data.dtype.kind == "f":
             return Tensor(np.asarray(other, self._data.dtype))
         return Tensor(np.asarray(other))
+
+    def _in_place(self, operation: np.ufunc, other: Operand) -> bool:
+        """Under `no_grad` a leaf changes in place, so that `w -= lr * w.grad` updates the parameter that it is."""
+        if self.node is None and self.requires_grad and not gradients_needed((self,)):
+            operation(self._data, self._operand(other)._data, out=self._data)
+            return True
+        return False
 
     def _compare(self, compare: Callable[[Any, Any], Any], other: object) -> NDArray[np.bool_]:
         return np.asarray(compare(self._data, other._data if isinstance(other, Tensor) else other))

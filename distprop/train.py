@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +29,10 @@ from distprop.tensor import Tensor
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Sequence[Array]
-EVALUATION_ROWS = 1024  # rows a rank evaluates at once; has no influence on the result but its rounding
+EVALUATION_ROWS = 512  # rows a rank evaluates at once
+
+
+_SENT = ("loss", "correct", "classifies", "bad", "bad_rank")  # what travels with the gradients, summed over the ranks
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -89,6 +92,10 @@ class Trainer:
         comm: the ranks; `world()` by default.
         batch_size: rows of the *global* batch; each rank takes its share.
         seed: names the order of the data and the dropout masks.
+        deterministic: give the same bits on any number of ranks; see docs/parallel.md for what it costs. It limits BLAS
+            to one thread in this process, whose number changes the rounding of matrix products.
+        shards: with `deterministic`, the pieces that each global batch is cut into; their sizes differ by one row at
+            most. More ranks than shards would have nothing to do.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
         run_dir: a folder for `metrics.jsonl`; made if it is missing.
@@ -110,6 +117,8 @@ class Trainer:
         comm: Communicator | None = None,
         batch_size: int,
         seed: int = 0,
+        deterministic: bool = False,
+        shards: int = 8,
         accumulate: int = 1,
         clip_norm: float | None = None,
         run_dir: str | Path | None = None,
@@ -120,9 +129,14 @@ class Trainer:
             raise ValueError(f"batch_size and accumulate must be at least 1, got {batch_size} and {accumulate}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
+        if shards < 1:
+            raise ValueError(f"shards must be at least 1, got {shards}")
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.parallel = DataParallel(model, self.comm)
+        self.shards = shards if deterministic else None
+        if deterministic:
+            _limit_blas_to_one_thread()
+        self.parallel = DataParallel(model, self.comm, shards=self.shards)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.callbacks = list(callbacks)
@@ -150,7 +164,7 @@ class Trainer:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
         if validation is not None and not len(validation):
             raise ValueError("fit() got an empty validation set")
-        loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed)
+        loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards)
         last_epoch = math.inf if epochs is None else self.epoch + epochs
         last_step = math.inf if steps is None else self.step + steps
         total = min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch)
@@ -180,22 +194,33 @@ class Trainer:
         """
         if not len(dataset):
             raise ValueError("evaluate() got an empty dataset")
-        mine = share(len(dataset), self.comm.rank, self.comm.size)
         was_training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        tally = _Tally()
+        sums: list[tuple[float, ...]] = []
         try:
             with no_grad():
-                for first in range(mine.start, mine.stop, EVALUATION_ROWS):
-                    *inputs, target = dataset[np.arange(first, min(first + EVALUATION_ROWS, mine.stop))]
-                    output = self.model(*inputs)
+                for block in self._evaluation_blocks(len(dataset)):
+                    *inputs, target = dataset[np.arange(block.start, block.stop)]
+                    output, tally = self.model(*inputs), _Tally()
                     tally.add(self.loss(output, target).item(), output, target, len(target))
+                    sums.append((tally.examples, tally.loss, tally.correct, tally.classifies))
         finally:
             for module, training in was_training:
                 module.training = training
-        sums = np.array([tally.examples, tally.loss, tally.correct, tally.classifies])
-        examples, loss, correct, classifies = self.comm.allreduce(sums).tolist()
+        of_all = np.frombuffer(b"".join(self.comm.allgather(np.array(sums, np.float64).tobytes())))
+        columns = of_all.reshape(-1, 4).T.tolist()
+        examples, loss, correct, classifies = (math.fsum(column) for column in columns)  # exact, so in any order
         return {"loss": loss / examples} | ({"accuracy": correct / examples} if classifies else {})
+
+    def _evaluation_blocks(self, rows: int) -> Iterator[slice]:
+        """What this rank evaluates: even shares, or in deterministic mode blocks that do not depend on the ranks."""
+        if self.shards is None:
+            mine = share(rows, self.comm.rank, self.comm.size)
+        else:
+            blocks = share(math.ceil(rows / EVALUATION_ROWS), self.comm.rank, self.comm.size)
+            mine = slice(blocks.start * EVALUATION_ROWS, min(blocks.stop * EVALUATION_ROWS, rows))
+        for start in range(mine.start, mine.stop, EVALUATION_ROWS):
+            yield slice(start, min(start + EVALUATION_ROWS, mine.stop))
 
     def _run_epoch(
         self, loader: Loader, last_step: float, progress: Progress, metrics_file: MetricsFile
@@ -206,7 +231,7 @@ class Trainer:
         examples, loss = 0, 0.0
         stopped = False
         for batch in loader.batches(self.epoch, self.batch):
-            result = self._step(batch)
+            result = self._step(batch, loader.rows(self.batch))
             self.batch += 1
             examples += result.examples
             loss += result.loss * result.examples
@@ -228,11 +253,14 @@ class Trainer:
         wishes = [callback(result) for callback in self.callbacks].count(True)
         return bool(self.comm.allreduce(np.array([wishes], np.float64))[0])
 
-    def _step(self, batch: Batch) -> StepResult:
+    def _step(self, batch: Batch, rows: int) -> StepResult:
         """Forward, backward, reduction, update."""
         began = time.perf_counter()
         self.optimizer.zero_grad()
-        self._forward_backward(batch)
+        if self.shards is None:
+            self._forward_backward(batch, random.place().first_row)
+        else:
+            self._shard_by_shard(batch, rows, self.shards)
         received = self.parallel.received
         self._refuse_non_finite(received)
         if self.clip_norm is not None:
@@ -245,12 +273,23 @@ class Trainer:
         seconds = time.perf_counter() - began
         return StepResult(self.step, self.epoch, received["loss"] / examples, metrics, int(examples), lr, seconds)
 
-    def _forward_backward(self, batch: Batch) -> None:
-        """Gradients of this rank's share, in `accumulate` pieces; the last piece's backward pass reduces them."""
+    def _shard_by_shard(self, batch: Batch, rows: int, shards: int) -> None:
+        """Gradients of this rank's shards, each by itself, so that every product has the same shape on any rank."""
+        run = share(shards, self.comm.rank, self.comm.size)
+        mine = [share(rows, number, shards) for number in range(run.start, run.stop)]
+        for shard in mine:
+            local = slice(shard.start - mine[0].start, shard.stop - mine[0].start)
+            self._forward_backward([array[local] for array in batch], shard.start)
+            self.parallel.end_shard()
+        self.parallel.send(**dict.fromkeys(_SENT, 0.0))
+        self.parallel.reduce_shards()
+
+    def _forward_backward(self, batch: Batch, first_row: int) -> None:
+        """Gradients of some rows, in `accumulate` pieces; the last piece's backward pass reduces them."""
         tally, place = _Tally(), random.place()
         for number in range(self.accumulate):
             piece = share(len(batch[-1]), number, self.accumulate)
-            random.at(place.seed, place.step, place.first_row + piece.start)
+            random.at(place.seed, place.step, first_row + piece.start)
             *inputs, target = (array[piece] for array in batch)
             output = self.parallel(*inputs)
             loss = self.loss(output, target)
@@ -262,13 +301,8 @@ class Trainer:
                 with self.parallel.no_sync():
                     self.parallel.backward(weighed, examples=len(target))
         bad = not math.isfinite(tally.loss)
-        self.parallel.send(
-            loss=tally.loss,
-            correct=tally.correct,
-            classifies=tally.classifies,
-            bad=bad,
-            bad_rank=self.comm.rank if bad else 0,
-        )
+        values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0
+        self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         self.parallel.backward(weighed, examples=len(target))
 
     def _refuse_non_finite(self, received: dict[str, float]) -> None:
@@ -287,3 +321,9 @@ def _share_correct(output: Any, target: Array) -> float | None:
     if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
         return None
     return float((output.data.argmax(axis=1) == target).mean())
+
+
+def _limit_blas_to_one_thread() -> None:
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(1, user_api="blas")

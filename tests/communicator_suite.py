@@ -1,5 +1,7 @@
 """What every communicator does, whatever carries the numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,34 @@ def allgather_takes_messages_of_any_length(comm: Communicator) -> None:
     assert comm.allgather(expected[comm.rank]) == expected
     assert comm.allgather(b"") == [b""] * comm.size
     assert all(type(message) is bytes for message in comm.allgather(b"abc"))
+
+
+def cut(lengths: list[int]) -> list[slice]:
+    """Slices one after the other."""
+    ends = np.cumsum([0, *lengths]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+@suite.scenario()
+def alltoall_delivers_slices_of_any_length(comm: Communicator) -> None:
+    """Rank s sends r numbers, each 100 s + r, to rank r; so rank 0 receives nothing."""
+    for dtype in (np.float32, np.float64, np.int64):
+        send = np.concatenate([np.full(rank, 100 * comm.rank + rank, dtype) for rank in range(comm.size)])
+        receive = np.full(comm.size * comm.rank, -1, dtype)
+        comm.alltoall(send, cut(list(range(comm.size))), receive, cut([comm.rank] * comm.size))
+        np.testing.assert_array_equal(receive, np.repeat(100 * np.arange(comm.size) + comm.rank, comm.rank))
+
+
+@suite.scenario()
+def alltoall_leaves_the_rest_of_the_array_alone(comm: Communicator) -> None:
+    """The places need not follow one another, and may lie in the array that is sent from."""
+    array = np.arange(5.0 * comm.size) + 1000 * comm.rank
+    expected = array.copy()
+    starts = range(0, 5 * comm.size, 5)
+    comm.alltoall(array, [slice(s, s + 2) for s in starts], array, [slice(s + 3, s + 5) for s in starts])
+    for rank, start in enumerate(starts):
+        expected[start + 3 : start + 5] = 1000 * rank + 5 * comm.rank + np.arange(2)
+    np.testing.assert_array_equal(array, expected)
 
 
 @suite.scenario()

@@ -135,3 +135,13 @@ def test_no_thread_is_left_behind():
     with pytest.raises(ZeroDivisionError):
         run_threads(3, lambda comm: 1 / comm.rank and comm.barrier())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
+
+
+def test_ranks_that_disagree_on_the_length_of_what_they_exchange_are_told_so():
+    def disagree(comm):
+        send, receive = np.zeros(4), np.zeros(4)
+        halves = [slice(0, 2), slice(2, 4)]
+        comm.alltoall(send, halves, receive, [slice(0, 1), slice(1, 4)] if comm.rank else halves)
+
+    with pytest.raises(CollectiveError, match="rank 1 awaits 1 numbers, not 2"):
+        run_threads(2, disagree)

@@ -65,11 +65,11 @@ def test_a_mistake_names_the_key_and_what_was_expected(toml: Path, setting: str,
 
 
 def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
         load_config(tmp_path / "nowhere.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[train\n")
-    with pytest.raises(ConfigError, match="broken.toml is not TOML"):
+    with pytest.raises(ConfigError, match=r"broken\.toml is not TOML"):
         load_config(broken)
 
 

@@ -495,17 +495,16 @@ def test_derivatives_at_the_kinks_are_pytorchs(torch):
             np.testing.assert_array_equal(ours.grad, theirs.grad.numpy(), err_msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-14), ("float32", 1e-6)])
-def test_gelu_is_accurate_far_out_and_over_many_elements(torch, dtype, tolerance):
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gelu_is_accurate_far_out_and_over_many_elements(dtype):
     x = np.linspace(-12, 12, 50_001, dtype=dtype)  # several of normal_cdf's chunks, and both tails
     expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64)])
     found = F.gelu(x).data
     assert found.dtype == dtype
-    assert_close(found, expected.astype(dtype), tolerance)
-    tail = x < -1  # there the relative error counts, as long as the number is a normal one
-    tail &= abs(expected) > np.finfo(dtype).tiny
-    # e^(−x²/2) multiplies the rounding of its exponent, up to 72 here
-    np.testing.assert_allclose(found[tail], expected[tail], rtol=200 * np.finfo(dtype).eps)
+    precision = np.finfo(dtype)
+    # relative to each number: e^(−x²/2) makes the rounding of x²/2 an error of that size
+    bound = precision.eps * (5 + 2 * x.astype(np.float64) ** 2) * abs(expected) + precision.tiny
+    assert (abs(found - expected) <= bound).all()
 
 
 def test_gelu_of_arrays_that_are_not_contiguous():

@@ -1,7 +1,7 @@
 """The shape of the package: imports point downward, the import is light, the public names are the promised ones."""
 
 import ast
-import statistics
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ FLOORS = [
     {"random", "tape", "tensor", "functional", "testing"},
     {"nn", "buffer"},
     {"optim", "comm", "data"},
-    {"parallel", "fixed_tree"},
+    {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
     {"progress", "train"},
     {"config", "job", "launch", "rank", "bench"},
@@ -106,20 +106,27 @@ def test_mpi4py_is_imported_in_one_file_only() -> None:
 
 
 def test_importing_the_package_loads_neither_mpi_nor_the_tools_of_the_command_line() -> None:
-    code = "import sys, distprop; print([m for m in ('mpi4py', 'rich', 'click', 'msgspec', 'torch') if m in sys.modules])"
+    code = (
+        "import sys, distprop; print([m for m in ('mpi4py', 'rich', 'click', 'msgspec', 'torch') if m in sys.modules])"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.strip() == "[]"
 
 
 def test_importing_the_package_takes_at_most_half_as_long_again_as_importing_numpy() -> None:
+    # Where this is set Python compiles our files at every import, but never NumPy's, which pip has compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
     def seconds(module: str) -> float:
         code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        answer = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
         return float(answer.stdout)
 
     seconds("distprop")  # compiled files are written
-    ratios = [seconds("distprop") / seconds("numpy") for _ in range(9)]
-    assert statistics.median(ratios) <= 1.5
+    times = [(seconds("distprop"), seconds("numpy")) for _ in range(9)]  # the fastest: a busy machine only adds
+    assert min(ours for ours, _ in times) <= 1.5 * min(numpys for _, numpys in times)
 
 
 def test_every_name_of_the_public_surface_exists() -> None:

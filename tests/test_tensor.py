@@ -878,3 +878,23 @@ def test_a_vjp_that_forgets_an_input_is_noticed():
     x = tensor(1.0, requires_grad=True)
     with pytest.raises(ValueError, match="zip"):
         record(np.ones(()), (x, x), lambda grad, out: [grad]).backward()
+
+
+def test_a_parameter_is_updated_in_place_under_no_grad():
+    w = Parameter(np.array([1.0, 2.0]))
+    before = w
+    (w * w).sum().backward()
+    with dp.no_grad():
+        w -= 0.25 * w.grad
+        w += 1.0
+        w *= 2.0
+    assert w is before
+    assert np.array_equal(w.data, [3.0, 4.0])
+    w += 1.0  # recorded: a new tensor, as for any other operation
+    assert w is not before
+    assert np.array_equal(before.data, [3.0, 4.0])
+
+
+def test_format_of_a_number_and_of_an_array():
+    assert f"{tensor(1.23456):.2f}" == "1.23"
+    assert f"{tensor([1.0, 2.0])}" == "tensor([1., 2.], dtype=float32)"

@@ -66,9 +66,10 @@ class Loader:
     number of ranks.
 
     `batch_size` is the number of examples of the global batch, where PyTorch's `DataLoader` counts those of one
-    process. `comm` needs only `rank` and `size`; without it this is a world of one. `epoch` is the number of the next
-    epoch and may be set. Raises TypeError if `batch_size` is not an integer, and ValueError if it is below 1, if the
-    seed is negative, or if an epoch would have no batch.
+    process. With `shards` each global batch is cut into so many pieces, and a rank gets whole ones. `comm` needs only
+    `rank` and `size`; without it this is a world of one. `epoch` is the number of the next epoch and may be set.
+    Raises TypeError if `batch_size` is not an integer, and ValueError if it is below 1, if the seed is negative, or if
+    an epoch would have no batch.
 
     >>> from distprop.data.dataset import ArrayDataset
     >>> loader = Loader(ArrayDataset(np.arange(5)), batch_size=2, shuffle=False)
@@ -85,6 +86,7 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        shards: int | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise TypeError(f"batch_size must be an integer, got {batch_size!r} of type {type(batch_size).__name__}")
@@ -105,6 +107,7 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.shards = shards
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -132,11 +135,24 @@ class Loader:
         indices = order(self.seed, epoch, len(self.dataset), self.shuffle)
         for batch in range(start, len(self)):
             whole = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
-            mine = share(len(whole), self.rank, self.size)
+            mine = self.share_of(len(whole))
             examples = self.dataset[whole[mine]]
             self._check(examples, mine.stop - mine.start)
             at(self.seed, step=epoch * len(self) + batch, first_row=mine.start)
             yield examples
+
+    def rows(self, batch: int) -> int:
+        """The number of examples of the global batch number `batch` of an epoch."""
+        return min(self.batch_size, len(self.dataset) - batch * self.batch_size)
+
+    def share_of(self, rows: int) -> slice:
+        """This rank's part of a global batch: an even share, or with `shards` whole shards, evenly shared."""
+        if self.shards is None:
+            return share(rows, self.rank, self.size)
+        run = share(self.shards, self.rank, self.size)
+        if run.start == run.stop:
+            return slice(rows, rows)
+        return slice(share(rows, run.start, self.shards).start, share(rows, run.stop - 1, self.shards).stop)
 
     def _check(self, examples: tuple[NDArray[Any], ...], rows: int) -> None:
         """A dataset of the user's own may return anything; found here, it has a name, and no gradient is wrong yet."""

@@ -50,15 +50,23 @@ class Ranks:
         self.failed = False
         faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True, file=self.stderr)
         result = yield
-        all_done = self.apart.Ibarrier()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not all_done.Test():
-            if self.failed and time.monotonic() > deadline:
-                self.say(f"rank {self.rank} failed {item.nodeid}, and others still wait in it; ending the job")
-                self.apart.Abort(1)
-            time.sleep(0.0005)
+        self.meet(item.nodeid)
         faulthandler.cancel_dump_traceback_later()
         return result
+
+    def pytest_unconfigure(self) -> None:
+        """Launchers end a job at the first rank that leaves with a failure; rank 0 has a summary to show."""
+        self.meet("the end")
+
+    def meet(self, where: str) -> None:
+        """Wait for all ranks; after a failure not for ever."""
+        all_here = self.apart.Ibarrier()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not all_here.Test():
+            if self.failed and time.monotonic() > deadline:
+                self.say(f"rank {self.rank} failed {where}, and others still wait in it; ending the job")
+                self.apart.Abort(1)
+            time.sleep(0.0005)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Say at once what failed: the summary at the end may never come."""

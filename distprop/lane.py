@@ -1,0 +1,62 @@
+"""The control lane: a few exact numbers that lie behind the gradients and are summed with them.
+
+The number of examples is split in two so that each part stays below 2^24, where float32 still counts in ones. The
+schedule, which says where a rank is, goes with its square: n Σs² = (Σs)² only if all n are equal, so every rank sees a
+difference, also one whose own number happens to be the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from distprop.buffer import LANE_LENGTH
+from distprop.tape import Array
+
+_FIXED = ("examples_high", "examples_low", "backwards", "schedule", "schedule_squared")
+_SPLIT = 4096
+_SCHEDULES = 64  # the squares stay below 2^12, their sum exact up to 4096 senders
+MESSAGE_NUMBERS = LANE_LENGTH - len(_FIXED)
+
+
+class ScheduleError(RuntimeError):
+    """The ranks are not at the same step."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a summed lane says."""
+
+    examples: float
+    backwards: float  # backward passes of each sender
+    numbers: dict[str, float]
+
+
+def write_lane(lane: Array, examples: float, backwards: int, reductions: int, numbers: Mapping[str, float]) -> None:
+    """Put one sender's numbers into `lane`.
+
+    Raises:
+        ValueError: more than MESSAGE_NUMBERS `numbers`.
+    """
+    if len(numbers) > MESSAGE_NUMBERS:
+        raise ValueError(f"at most {MESSAGE_NUMBERS} numbers travel with the gradients, got {len(numbers)}")
+    schedule = (31 * reductions + backwards) % _SCHEDULES
+    lane[:] = 0
+    lane[: len(_FIXED)] = *divmod(examples, _SPLIT), backwards, schedule, schedule**2
+    lane[len(_FIXED) : len(_FIXED) + len(numbers)] = list(numbers.values())
+
+
+def read_lane(lane: Array, senders: int, names: Iterable[str], place: str) -> Received:
+    """What the sum over `senders` lanes says.
+
+    `names` are those of the numbers in the order they were written in; `place` says where this rank is, for the error.
+
+    Raises:
+        ScheduleError: the senders were not at the same reduction, or made different numbers of backward passes.
+    """
+    high, low, backwards, schedules, squares, *numbers = lane.tolist()
+    if schedules**2 != squares * senders:
+        raise ScheduleError(
+            f"{place}, but another rank is not: do all ranks make the same number of steps and of no_sync() passes?"
+        )
+    return Received(high * _SPLIT + low, backwards / senders, dict(zip(names, numbers, strict=False)))
