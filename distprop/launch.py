@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
     library = mpi.library()
     launcher = find_launcher(library)
     environment["DISTPROP_SIZE"] = str(ranks)  # world() refuses a world of another size
+    environment |= _terminal_environment()
     environment |= launcher_environment(library, ranks, cores)
     command = [str(launcher.path), *launcher_flags(library, ranks, cores), sys.executable, "-m", "distprop.rank"]
     return Job(
@@ -179,6 +181,13 @@ def _thread_environment(threads: int) -> tuple[dict[str, str], str]:
     if chosen:
         return {}, f"BLAS threads by {' '.join(chosen)}"
     return dict.fromkeys(THREAD_VARIABLES, str(threads)), _count(threads, "BLAS thread")
+
+
+def _terminal_environment() -> dict[str, str]:
+    """Tells rank 0 whether a person watches, and how wide the window is: what it sees itself is the launcher's."""
+    if not sys.stdout.isatty():
+        return {"DISTPROP_TERMINAL": "0"}
+    return {"DISTPROP_TERMINAL": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ def show_progress(wanted: bool, total_steps: int) -> Iterator[Progress]:
     """The progress display that suits standard output."""
     progress: Progress = Progress()
     if wanted:
-        progress = LiveBar(total_steps) if sys.stdout.isatty() else PlainLines()
+        progress = LiveBar(total_steps) if _on_terminal() else PlainLines()
     try:
         yield progress
     finally:
@@ -80,6 +81,7 @@ class LiveBar(Progress):
     """A bar over all steps with the current numbers; finished epochs scroll by above it."""
 
     def __init__(self, total_steps: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -90,6 +92,7 @@ class LiveBar(Progress):
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             refresh_per_second=5,
+            console=Console(force_terminal=True),  # under a launcher it is a pipe to one
         )
         self._task = self._bar.add_task("", total=total_steps, epoch=1, numbers="")
         self._rate = _Rate()
@@ -176,6 +179,13 @@ class MetricsFile:
         with suppress(OSError):
             if file is not None:
                 file.close()
+
+
+def _on_terminal() -> bool:
+    """Whether a person sees standard output. `distprop run` says so; a rank's own is a pipe or a pseudo-terminal."""
+    if said := os.environ.get("DISTPROP_TERMINAL"):
+        return said == "1"
+    return sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
 
 
 class _Rate:

@@ -23,13 +23,13 @@ def main() -> int:
         pytest = [sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", str(FOLDER)]
         flags = launch.launcher_flags(library, ranks, launch.allowed_cores())
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        if library.vendor == "mpich" and ranks > launch.allowed_cores():
-            environment["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+        environment |= launch.launcher_environment(library, ranks, launch.allowed_cores())
         job = subprocess.Popen([launcher.path, *flags, *pytest], env=environment, stdin=subprocess.DEVNULL)
         try:
             status = job.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             job.terminate()
+            job.wait(20)
             print(f"the tests on {ranks} ranks did not end within {LIMIT_SECONDS} s: a deadlock", file=sys.stderr)
             return 1
         if status:
