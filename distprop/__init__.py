@@ -11,8 +11,8 @@ The same script runs on one process with `python script.py` and on N with `distp
 
 from distprop import comm, data, functional, nn, optim, testing
 from distprop.comm import world
+from distprop.metrics import StepResult
 from distprop.parallel import DataParallel
-from distprop.progress import StepResult
 from distprop.random import manual_seed
 from distprop.tape import no_grad
 from distprop.tensor import Parameter, Tensor, record, tensor

@@ -11,11 +11,9 @@ a checkpoint runs no code.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from distprop.comm.base import Communicator
 from distprop.tape import Array
 
 FORMAT = 1  # the layout of the folder; a newer one is refused
@@ -60,7 +59,7 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     name = f"step-{checkpoint.step:09d}"
     partial, final = root / f".{name}.partial", root / name
-    shutil.rmtree(partial, ignore_errors=True)  # left by a writer that was killed
+    _remove(partial)  # left by a writer that was killed
     if is_whole(final):  # this step has been written before; a resumed run passes it again
         return final
     try:
@@ -73,15 +72,15 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
         entries = {}
         for file_name, content in files.items():
             _write_durably(partial / file_name, content)
-            entries[file_name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            entries[file_name] = {"bytes": len(content), "sha256": _sha256(content)}
         _write_durably(partial / "manifest.json", json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
         _flush_folder(partial)
         if final.exists():
-            shutil.rmtree(final)  # not whole, or it would have been returned above
+            _remove(final)  # not whole, or it would have been returned above
         partial.rename(final)
         _flush_folder(root)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
     return final
 
@@ -120,22 +119,48 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest(root: Path, report: Callable[[str], object]) -> Checkpoint | None:
-    """The newest whole checkpoint in `root`, or None; `report` is told of each damaged one that is passed over."""
-    for _, folder in sorted(_folders(root), reverse=True):
+    """The newest whole checkpoint in `root`, or None if there is none; `report` is told of each damaged one.
+
+    Raises:
+        CheckpointError: there are some, but all of them are damaged.
+    """
+    folders = sorted(_folders(root), reverse=True)
+    for _, folder in folders:
         try:
             return read(folder)
         except CheckpointError as error:
-            report(f"{error}; using the checkpoint before it")
+            report(f"{error}; trying the checkpoint before it")
+    if folders:
+        raise CheckpointError(f"all {len(folders)} checkpoints in {root} are damaged")
     return None
+
+
+def broadcast(found: Checkpoint | None, comm: Communicator) -> Checkpoint | None:
+    """Rank 0's checkpoint on every rank, so that only rank 0 needs to see the disk it is on."""
+    layout = b"null"
+    if found is not None:
+        kinds = {part: {n: [a.dtype.str, a.shape] for n, a in arrays.items()} for part, arrays in found.tensors.items()}
+        layout = json.dumps([found.step, found.state, kinds]).encode()
+    described = json.loads(comm.allgather(layout if comm.rank == 0 else b"")[0])
+    if described is None:
+        return None
+    step, state, kinds = described
+    tensors: dict[str, dict[str, Array]] = {}
+    for part, arrays in kinds.items():
+        tensors[part] = {}
+        for name, (dtype, shape) in arrays.items():
+            array = np.empty(shape, dtype) if found is None else np.array(found.tensors[part][name], order="C")
+            tensors[part][name] = comm.broadcast(array)
+    return Checkpoint(step, tensors, state)
 
 
 def prune(root: Path, keep: int, also: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and the one of step `also`, and what killed writers left."""
     for step, folder in sorted(_folders(root), reverse=True)[keep:]:
         if step != also:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
 
 
 class Writer:
@@ -184,6 +209,18 @@ def _folders(root: Path) -> Iterator[tuple[int, Path]]:
                 yield int(match[1]), folder
 
 
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(content: bytes) -> str:
+    import hashlib  # loads OpenSSL, which a run without checkpoints does not need
+
+    return hashlib.sha256(content).hexdigest()
+
+
 def _write_durably(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -205,7 +242,7 @@ def _verified(path: Path, entry: Any) -> bytes:
     content = _read_bytes(path)
     if not isinstance(entry, dict) or len(content) != entry.get("bytes"):
         raise CheckpointError(f"{path} has {len(content)} bytes; the manifest says {entry}")
-    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+    if _sha256(content) != entry.get("sha256"):
         raise CheckpointError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
     return content
 

@@ -39,8 +39,9 @@ def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
-def train(config: Path, settings: tuple[str, ...], ranks: int | None) -> None:
+def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None) -> None:
     """Train what the TOML file CONFIG describes.
 
     Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
@@ -51,11 +52,12 @@ def train(config: Path, settings: tuple[str, ...], ranks: int | None) -> None:
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
         if ranks is not None:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
+            again += ["--resume"] * resume
             _start(ranks, again, module=True)
             return
         from distprop.job import train_from_config
 
-        train_from_config(loaded, Path("runs", config.stem))
+        train_from_config(loaded, Path("runs", config.stem), resume)
     except (ConfigError, FileNotFoundError) as error:
         raise Refusal(str(error)) from error
 
@@ -65,11 +67,16 @@ def bench() -> None:
     """Measure this machine; every figure beside what it is compared with, in the same run."""
 
 
+_SIZES = click.option("--sizes", default="784,512,512,10", show_default=True, help="Widths of the network's layers.")
+_STEPS = click.option("--steps", default=300, show_default=True, type=click.IntRange(1))
+_RANKS = click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
+
+
 @bench.command()
-@click.option("--sizes", default="784,512,512,10", show_default=True, help="Widths of the network's layers.")
-@click.option("--batch", default=128, show_default=True, help="Rows on each rank.")
-@click.option("--steps", default=300, show_default=True)
-@click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
+@_SIZES
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Rows on each rank.")
+@_STEPS
+@_RANKS
 def step(sizes: str, batch: int, steps: int, ranks: int | None) -> None:
     """Time forward, backward, reduction and update of a step, beside a hand-written NumPy loop."""
     if ranks is not None:
@@ -79,16 +86,41 @@ def step(sizes: str, batch: int, steps: int, ranks: int | None) -> None:
     from distprop.bench.step import bench_step, show
     from distprop.comm import world
 
-    try:
-        widths = [int(width) for width in sizes.split(",")]
-    except ValueError as error:
-        raise Refusal(f"--sizes takes whole numbers with commas between them, got {sizes!r}") from error
-    if len(widths) < 2 or min(*widths, batch, steps) < 1:
-        raise Refusal("--sizes takes two widths or more, and every number is at least 1")
-    comm = world()
+    widths, comm = _widths(sizes), world()
     times = bench_step(comm, widths, batch, steps)
     if comm.rank == 0:
         click.echo(show(times, widths, batch, comm.size))
+
+
+@bench.command()
+@_SIZES
+@click.option("--batch-size", default=1024, show_default=True, type=click.IntRange(1), help="Rows of the global batch.")
+@click.option("--shards", default=8, show_default=True, type=click.IntRange(1))
+@_STEPS
+@_RANKS
+def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int | None) -> None:
+    """Time the deterministic mode beside the default one."""
+    if ranks is not None:
+        again = ["distprop", "bench", "determinism", "--sizes", sizes, "--batch-size", str(batch_size)]
+        _start(ranks, [*again, "--shards", str(shards), "--steps", str(steps)], module=True)
+        return
+    from distprop.bench.determinism import bench_determinism, show
+    from distprop.comm import world
+
+    widths, comm = _widths(sizes), world()
+    times = bench_determinism(comm, widths, batch_size, shards, steps)
+    if comm.rank == 0:
+        click.echo(show(times, widths, batch_size, shards, comm.size))
+
+
+def _widths(sizes: str) -> list[int]:
+    try:
+        widths = [int(width) for width in sizes.split(",")]
+    except ValueError:
+        widths = []
+    if len(widths) < 2 or min(widths) < 1:
+        raise Refusal(f"--sizes takes two or more positive whole numbers with commas between them, got {sizes!r}")
+    return widths
 
 
 def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False) -> None:

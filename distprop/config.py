@@ -53,12 +53,13 @@ class Model(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
 class Optim(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """The optimizer and its learning rate."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "lars", "lamb"] = "sgd"
     lr: NotNegative = 0.1
-    momentum: Probability = 0.9
-    dampening: NotNegative = 0.0
-    weight_decay: NotNegative = 0.0
-    nesterov: bool = False
+    weight_decay: NotNegative = 0.0  # of weights; biases and norms do not decay
+    momentum: Probability = 0.9  # sgd, lars
+    nesterov: bool = False  # sgd
+    beta1: Probability = 0.9  # adam, adamw, lamb
+    beta2: Probability = 0.999  # adam, adamw, lamb
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
 
@@ -72,7 +73,10 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    deterministic: bool = False  # the same bits on any number of ranks
+    shards: Count = 8
     run_dir: str | None = None  # runs/<name of the file> by default
+    checkpoint_every: Count | None = None  # steps
 
 
 class Config(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

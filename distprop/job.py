@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import numpy as np
 from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import Communicator, world
-from distprop.config import Config, ConfigError, Data, Model, Optim, save_config
+from distprop.config import Config, ConfigError, Data, Model, Optim, load_config, save_config
 from distprop.data import ArrayDataset, load_digits, load_mnist
+from distprop.metrics import EpochResult
 from distprop.optim import schedule
 from distprop.random import manual_seed
-from distprop.train import EpochResult, Trainer
+from distprop.train import Trainer
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,8 +29,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def train_from_config(config: Config, default_run_dir: Path, comm: Communicator | None = None) -> list[EpochResult]:
+def train_from_config(
+    config: Config, default_run_dir: Path, resume: bool = False, comm: Communicator | None = None
+) -> list[EpochResult]:
     """Load the data, build the model and train it; the resolved configuration is saved beside the metrics.
+
+    With `resume` the run in `train.run_dir`, or in `default_run_dir`, goes on from its newest checkpoint.
 
     Raises:
         ConfigError: the configuration does not fit the data, or `run_dir` holds another run.
@@ -44,7 +51,7 @@ def train_from_config(config: Config, default_run_dir: Path, comm: Communicator 
     model = build_model(config.model, train_set.x[:1].size, outputs)
     steps_per_epoch = -(-len(train_set) // config.train.batch_size)
     optimizer = build_optimizer(config.optim, model, config.train.epochs * steps_per_epoch)
-    run_dir = _prepare_run_dir(config, default_run_dir) if comm.rank == 0 else None
+    run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
     trainer = Trainer(
         model,
         getattr(F, config.train.loss),
@@ -52,12 +59,16 @@ def train_from_config(config: Config, default_run_dir: Path, comm: Communicator 
         comm=comm,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
+        deterministic=config.train.deterministic,
+        shards=config.train.shards,
         accumulate=config.train.accumulate,
         clip_norm=config.train.clip_norm,
         run_dir=run_dir,
+        checkpoint_every=config.train.checkpoint_every,
+        resume=resume,
     )
     results = trainer.fit(train_set, epochs=config.train.epochs, validation=test_set)
-    if run_dir is not None:
+    if comm.rank == 0:
         print(f"results in {run_dir}")
     return results
 
@@ -91,7 +102,18 @@ def build_optimizer(config: Optim, model: nn.Module, steps: int) -> optim.Optimi
         lr = schedule.cosine(config.lr, max(1, steps - config.warmup_steps))
     if config.warmup_steps:
         lr = schedule.warmup(lr, config.warmup_steps)
-    return optim.SGD(model.parameters(), lr, config.momentum, config.dampening, config.weight_decay, config.nesterov)
+    groups = optim.decay_groups(model, config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    makers: dict[str, Callable[[], optim.Optimizer]] = {
+        "sgd": lambda: optim.SGD(groups, lr, config.momentum, nesterov=config.nesterov),
+        "adam": lambda: optim.Adam(groups, lr, betas),
+        "adamw": lambda: optim.AdamW(groups, lr, betas),
+        "rmsprop": lambda: optim.RMSprop(groups, lr),
+        "adagrad": lambda: optim.Adagrad(groups, lr),
+        "lars": lambda: optim.LARS(optim.decay_groups(model, config.weight_decay, adapt=False), lr, config.momentum),
+        "lamb": lambda: optim.LAMB(optim.decay_groups(model, config.weight_decay, adapt=False), lr, betas),
+    }
+    return makers[config.name]()
 
 
 def _load_npz(path: Path) -> ArrayDataset:
@@ -103,15 +125,28 @@ def _load_npz(path: Path) -> ArrayDataset:
     return ArrayDataset(x.astype(np.float32), y.astype(np.float32) if y.dtype.kind == "f" else y)
 
 
-def _prepare_run_dir(config: Config, default: Path) -> Path:
-    """A folder of this run alone, with the resolved configuration in it; an earlier run is never written over."""
-    if config.train.run_dir is not None:
-        run_dir = Path(config.train.run_dir)
-        if (run_dir / "config.toml").exists():
-            raise ConfigError(f"train.run_dir: {run_dir} holds another run; name a new folder or move that one away")
-    else:
-        taken = (default.with_name(f"{default.name}-{number}") for number in range(2, 100_000))
-        run_dir = next(path for path in (default, *taken) if not path.exists()) if default.exists() else default
+def _prepare_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
+    """A folder of this run alone, with the resolved configuration in it; rank 0 chooses it."""
+    chosen = _choose_run_dir(config, default, resume) if comm.rank == 0 else b""
+    return Path(comm.allgather(chosen)[0].decode())
+
+
+def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
+    run_dir = Path(config.train.run_dir) if config.train.run_dir is not None else default
+    saved = run_dir / "config.toml"
+    if resume:
+        if not saved.exists():
+            raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}")
+        if load_config(saved) != config:
+            raise ConfigError(
+                f"{saved} says something else than the configuration that is to go on; resume with that file"
+            )
+        return str(run_dir).encode()
+    if config.train.run_dir is not None and saved.exists():
+        raise ConfigError(f"train.run_dir: {run_dir} holds another run; --resume it, or name a new folder")
+    if config.train.run_dir is None and run_dir.exists():
+        taken = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
+        run_dir = next(path for path in taken if not path.exists())
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.toml")
-    return run_dir
+    return str(run_dir).encode()

@@ -1,31 +1,14 @@
-"""What rank 0 shows of training: a live bar on a terminal, a line an epoch otherwise, and `metrics.jsonl`."""
+"""What rank 0 shows of training: a live bar on a terminal, a line an epoch otherwise."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from contextlib import contextmanager
 
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; every number is over the global batch."""
-
-    step: int  # 1 after the first update
-    epoch: int  # 0 during the first pass over the data
-    loss: float
-    metrics: dict[str, float]
-    examples: int
-    lr: float
-    seconds: float
+from distprop.metrics import StepResult
 
 
 class Progress:
@@ -124,61 +107,6 @@ class LiveBar(Progress):
         numbers = f"{_numbers({'loss': result.loss, **result.metrics})}  {self._rate.value():,.0f} samples/s"
         self._bar.update(self._task, epoch=result.epoch + 1, numbers=numbers)
         self._drawn = time.monotonic()
-
-
-class MetricsFile:
-    """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes nothing.
-
-    Lines are flushed once a second, so a reader sees a run that is still going. When the disk is full, standard error
-    says so once and training goes on.
-    """
-
-    def __init__(self, run_dir: Path | None) -> None:
-        self._file: TextIO | None = None
-        self._flushed = time.monotonic()
-        if run_dir is not None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-
-    def write_step(self, result: StepResult) -> None:
-        """The numbers of one step."""
-        if self._file is not None:
-            self.write(
-                {"step": result.step, "epoch": result.epoch, "loss": result.loss, **result.metrics}
-                | {"lr": result.lr, "examples": result.examples, "seconds": round(result.seconds, 6)}
-            )
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """One line; numbers that JSON cannot say become null."""
-        if self._file is None:
-            return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        try:
-            self._file.write(json.dumps(finite) + "\n")
-            if time.monotonic() - self._flushed > 1:
-                self._file.flush()
-                self._flushed = time.monotonic()
-        except OSError as error:
-            self._give_up(error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as failure:
-                self._give_up(failure)
-
-    def _give_up(self, error: OSError) -> None:
-        print(f"distprop: no more metrics are written: {error}", file=sys.stderr)
-        file, self._file = self._file, None
-        with suppress(OSError):
-            if file is not None:
-                file.close()
 
 
 def _on_terminal() -> bool:

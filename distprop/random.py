@@ -26,6 +26,7 @@ class Stream(IntEnum):
     SHUFFLE = 1
     DROPOUT = 2
     AUGMENT = 3
+    WINDOW = 4
 
 
 def generator(seed: int, stream: Stream, first: int = 0, second: int = 0) -> np.random.Generator:

@@ -44,7 +44,7 @@ class BackwardPass(Protocol):
 class Node:
     """One operation on the tape."""
 
-    __slots__ = ("__weakref__", "grad", "grad_is_ours", "inputs", "number", "passes", "vjp")
+    __slots__ = ("__weakref__", "absent", "grad", "grad_is_ours", "inputs", "number", "passes", "vjp")
 
     def __init__(
         self, inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct, passes: tuple[BackwardPass, ...]
@@ -53,6 +53,7 @@ class Node:
         self.inputs = inputs
         self.vjp: VectorJacobianProduct | None = vjp
         self.passes = passes
+        self.absent: Callable[[], object] | None = None  # see `take_part`
         self.grad: Array | None = None
         self.grad_is_ours = False  # a gradient handed over by a vjp may be shared; a sum that we made may be added to
 
@@ -99,13 +100,33 @@ def walk_back(root: Node, grad: Array) -> None:
     passes = root.passes
     weight = _common_weight(passes)
     if weight == 0:  # a rank without examples: whatever the loss says, it contributes nothing
-        root.vjp, root.inputs = None, ()
+        take_part(root)
     elif weight == 1:
         _propagate(root, grad)
     else:
         _propagate(root, grad * grad.dtype.type(weight))
     for listener in passes:
         listener.end()
+
+
+def take_part(root: Node) -> None:
+    """The walk of a rank that contributes nothing: no derivative is computed, and no gradient changes.
+
+    An operation whose derivative is a collective, such as synchronised batch norm, sets its node's `absent`: what such
+    a rank does in its place, so that the others do not wait for ever. The nodes come in the same order on all ranks.
+    """
+    heap, seen = [(-root.number, root)], {root}
+    while heap:
+        node = heapq.heappop(heap)[1]
+        inputs, absent = node.inputs, node.absent
+        node.vjp, node.inputs, node.absent = None, (), None
+        if absent is not None:
+            absent()
+        for tensor in inputs:
+            source = tensor.node
+            if source is not None and source not in seen:
+                seen.add(source)
+                heapq.heappush(heap, (-source.number, source))
 
 
 def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
@@ -144,7 +165,7 @@ def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
             "backward() went through a part of the graph a second time; its intermediate values are released by the "
             "first. Add the losses and call backward() once, or compute the forward pass again"
         )
-    node.vjp, node.grad, node.inputs = None, None, ()
+    node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
     out = [tensor.gradient_target() if tensor.requires_grad else None for tensor in inputs]
     if len(inputs) > 1 and out[0] is not None:
         for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there

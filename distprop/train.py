@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, evaluation, and the numbers that come out, the same on every rank.
+"""The training loop: batches, steps, evaluation, checkpoints, and the numbers that come out, the same on every rank.
 
 Only reduced numbers leave a step, so a decision that a callback makes from them, such as stopping early, is made by all
 ranks at the same step.
@@ -7,69 +7,38 @@ ranks at the same step.
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from distprop import random
+from distprop import checkpoint, random
+from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator, world
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
+from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally, forget_after
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel
-from distprop.progress import MetricsFile, Progress, StepResult, show_progress
+from distprop.progress import Progress, show_progress
 from distprop.tape import Array, no_grad
 from distprop.tensor import Tensor
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Sequence[Array]
+Callback: TypeAlias = Callable[[StepResult], object]
+
 EVALUATION_ROWS = 512  # rows a rank evaluates at once
-
-
 _SENT = ("loss", "correct", "classifies", "bad", "bad_rank")  # what travels with the gradients, summed over the ranks
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite; raised on every rank before anything is updated."""
-
-
-Callback: TypeAlias = Callable[[StepResult], object]
-
-
-@dataclass
-class _Tally:
-    """Sums over examples, to be divided once."""
-
-    examples: float = 0.0
-    loss: float = 0.0
-    correct: float = 0.0
-    classifies: bool = False
-
-    def add(self, loss: float, output: Any, target: Array, examples: int) -> None:
-        if not examples:
-            return
-        self.examples += examples
-        self.loss += loss * examples
-        correct = _share_correct(output, target)
-        if correct is not None:
-            self.classifies = True
-            self.correct += correct * examples
-
-
-@dataclass
-class EpochResult:
-    """One line of `Trainer.fit`'s return value."""
-
-    epoch: int
-    loss: float
-    metrics: dict[str, float]
-    validation: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -98,13 +67,18 @@ class Trainer:
             most. More ranks than shards would have nothing to do.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
-        run_dir: a folder for `metrics.jsonl`; made if it is missing.
+        run_dir: a folder for `metrics.jsonl` and `checkpoints`, of rank 0; made if it is missing.
+        checkpoint_every: write a checkpoint every so many steps, when the validation loss is the best so far, and at
+            the end of `fit`. The newest three and the best are kept.
+        resume: go on from the newest whole checkpoint in `run_dir`, if there is one, on any number of ranks. The first
+            call of `fit` then ends where the interrupted one would have ended.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all.
         progress: a live bar on rank 0's terminal, plain lines elsewhere.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or a `run_dir` that holds checkpoints of another run.
+        CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
     """
 
@@ -122,15 +96,20 @@ class Trainer:
         accumulate: int = 1,
         clip_norm: float | None = None,
         run_dir: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
-        if batch_size < 1 or accumulate < 1:
-            raise ValueError(f"batch_size and accumulate must be at least 1, got {batch_size} and {accumulate}")
+        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("shards", shards)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
-        if shards < 1:
-            raise ValueError(f"shards must be at least 1, got {shards}")
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if run_dir is None and (checkpoint_every is not None or resume):
+            raise ValueError("checkpoint_every and resume need a run_dir")
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.shards = shards if deterministic else None
@@ -139,11 +118,20 @@ class Trainer:
         self.parallel = DataParallel(model, self.comm, shards=self.shards)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.checkpoint_every = checkpoint_every
         self.callbacks = list(callbacks)
         self.step = 0  # updates made
         self.epoch = 0  # the epoch that the next step belongs to
         self.batch = 0  # the batch of that epoch that comes next
+        self._sums = EpochSums()  # of the steps of this epoch
         self._progress = progress
+        self._metrics = MetricsFile(None)
+        self._best_loss = math.inf
+        self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
+        self._resumed = False
+        self._writer: checkpoint.Writer | None = None
+        if self.run_dir is not None:
+            self._open_checkpoints(self.run_dir / "checkpoints", resume)
 
     def fit(
         self,
@@ -164,26 +152,25 @@ class Trainer:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
         if validation is not None and not len(validation):
             raise ValueError("fit() got an empty validation set")
+        if not self._resumed:
+            self._fit_began = (self.epoch, self.step)
+        self._resumed = False
         loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards)
-        last_epoch = math.inf if epochs is None else self.epoch + epochs
-        last_step = math.inf if steps is None else self.step + steps
-        total = min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch)
+        if self.batch >= len(loader):
+            raise ValueError(
+                f"training stands at batch {self.batch} of its epoch, but {len(dataset)} examples have fewer"
+            )
+        last_epoch = math.inf if epochs is None else self._fit_began[0] + epochs
+        last_step = math.inf if steps is None else self._fit_began[1] + steps
+        total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
         results: list[EpochResult] = []
-        metrics_file = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
-        with metrics_file, show_progress(self._progress and self.comm.rank == 0, int(total)) as progress:
-            while self.epoch < last_epoch and self.step < last_step:
-                tally, stopped = self._run_epoch(loader, last_step, progress, metrics_file)
-                result = EpochResult(self.epoch - (self.batch == 0), *tally)
-                if validation is not None:
-                    result.validation = self.evaluate(validation)
-                results.append(result)
-                metrics_file.write(
-                    {"epoch": result.epoch, "step": self.step, "epoch_loss": result.loss, **result.metrics}
-                    | {f"validation_{name}": value for name, value in result.validation.items()}
-                )
-                progress.epoch(result.epoch, result.loss, result.metrics, result.validation)
-                if stopped:
-                    break
+        self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
+        with self._metrics, show_progress(self._progress and self.comm.rank == 0, int(total)) as progress:
+            stopped = False
+            while self.epoch < last_epoch and self.step < last_step and not stopped:
+                stopped = self._run_epoch(loader, last_step, progress)
+                results.append(self._end_epoch(loader, validation, progress))
+            self._save(final=True)
         return results
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
@@ -201,7 +188,7 @@ class Trainer:
             with no_grad():
                 for block in self._evaluation_blocks(len(dataset)):
                     *inputs, target = dataset[np.arange(block.start, block.stop)]
-                    output, tally = self.model(*inputs), _Tally()
+                    output, tally = self.model(*inputs), Tally()
                     tally.add(self.loss(output, target).item(), output, target, len(target))
                     sums.append((tally.examples, tally.loss, tally.correct, tally.classifies))
         finally:
@@ -222,29 +209,42 @@ class Trainer:
         for start in range(mine.start, mine.stop, EVALUATION_ROWS):
             yield slice(start, min(start + EVALUATION_ROWS, mine.stop))
 
-    def _run_epoch(
-        self, loader: Loader, last_step: float, progress: Progress, metrics_file: MetricsFile
-    ) -> tuple[tuple[float, dict[str, float]], bool]:
-        """The rest of the current epoch: its (mean loss, mean metrics), and whether a callback stops training."""
+    # --- an epoch and its steps
+
+    def _run_epoch(self, loader: Loader, last_step: float, progress: Progress) -> bool:
+        """The rest of the current epoch, or its part before `last_step`; tells whether a callback stops training."""
         self.model.train()
-        sums: dict[str, float] = {}
-        examples, loss = 0, 0.0
-        stopped = False
         for batch in loader.batches(self.epoch, self.batch):
             result = self._step(batch, loader.rows(self.batch))
             self.batch += 1
-            examples += result.examples
-            loss += result.loss * result.examples
-            for name, value in result.metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * result.examples
-            metrics_file.write_step(result)
+            self._sums.add(result)
+            self._metrics.write_step(result)
             progress.step(result)
             stopped = self._ask_callbacks(result)
+            if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.batch < len(loader):
+                self._save()
             if stopped or self.step >= last_step:
-                break
+                return stopped
+        return False
+
+    def _end_epoch(self, loader: Loader, validation: Dataset | None, progress: Progress) -> EpochResult:
+        """Evaluate, write the epoch's line, and go on to the next epoch if this one is complete."""
+        result = self._sums.result(self.epoch)
         if self.batch == len(loader):
-            self.epoch, self.batch = self.epoch + 1, 0
-        return (loss / examples, {name: value / examples for name, value in sums.items()}), stopped
+            self.epoch, self.batch, self._sums = self.epoch + 1, 0, EpochSums()
+        if validation is not None:
+            result.validation = self.evaluate(validation)
+        self._metrics.write(
+            {"epoch": result.epoch, "step": self.step, "epoch_loss": result.loss, **result.metrics}
+            | {f"validation_{name}": value for name, value in result.validation.items()}
+        )
+        progress.epoch(result.epoch, result.loss, result.metrics, result.validation)
+        best = result.validation.get("loss", math.inf) < self._best_loss
+        if best:
+            self._best_loss = result.validation["loss"]
+        if best or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+            self._save(best=best)
+        return result
 
     def _ask_callbacks(self, result: StepResult) -> bool:
         """Whether a callback on any rank wants to stop; costs one small Allreduce, and only if there are callbacks."""
@@ -286,7 +286,7 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, first_row: int) -> None:
         """Gradients of some rows, in `accumulate` pieces; the last piece's backward pass reduces them."""
-        tally, place = _Tally(), random.place()
+        tally, place = Tally(), random.place()
         for number in range(self.accumulate):
             piece = share(len(batch[-1]), number, self.accumulate)
             random.at(place.seed, place.step, first_row + piece.start)
@@ -305,7 +305,7 @@ class Trainer:
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         self.parallel.backward(weighed, examples=len(target))
 
-    def _refuse_non_finite(self, received: dict[str, float]) -> None:
+    def _refuse_non_finite(self, received: Mapping[str, float]) -> None:
         if received["bad"]:
             who = f"rank {received['bad_rank']:.0f}" if received["bad"] == 1 else f"{received['bad']:.0f} ranks"
             raise NonFiniteLossError(
@@ -313,14 +313,68 @@ class Trainer:
                 "nothing was updated. Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data"
             )
 
+    # --- checkpoints
 
-def _share_correct(output: Any, target: Array) -> float | None:
-    """The share of rows (or positions) whose highest score is the label, or None where that makes no sense."""
-    if not isinstance(output, Tensor) or target.dtype.kind not in "iu":
-        return None
-    if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
-        return None
-    return float((output.data.argmax(axis=1) == target).mean())
+    def _open_checkpoints(self, root: Path, resume: bool) -> None:
+        """Resume, or make sure that no other run's checkpoints are in the way. Rank 0 looks; all ranks know."""
+        found = checkpoint.newest(root, _warn) if self.comm.rank == 0 else None
+        found = checkpoint.broadcast(found, self.comm)
+        if found is not None and not resume:
+            raise ValueError(
+                f"{root} holds checkpoints of another run; pass resume=True to go on with it, or move it away"
+            )
+        if found is not None:
+            self._restore(found)
+            if self.comm.rank == 0 and self.run_dir is not None:
+                forget_after(self.run_dir, self.step)
+        if self.checkpoint_every and self.comm.rank == 0:
+            self._writer = checkpoint.Writer(root, report=_warn)
+
+    def _save(self, best: bool = False, final: bool = False) -> None:
+        """Write a checkpoint while training goes on; the last one is waited for."""
+        if self._writer is None:
+            return
+        self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
+        optimizer = self.optimizer.state_dict()
+        arrays = optimizer.pop("arrays")
+        state = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "epoch_sums": self._sums.as_dict(),
+            "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "fit_began": list(self._fit_began),
+            "optimizer": optimizer,
+            **self._identity(),
+        }
+        if best:
+            self._writer.best_step = self.step
+        self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
+        if final:
+            self._writer.wait()
+
+    def _restore(self, found: Checkpoint) -> None:
+        different = [
+            f"{name} was {found.state.get(name)}, is {value}"
+            for name, value in self._identity().items()
+            if found.state.get(name) != value
+        ]
+        if different:
+            raise ValueError(f"cannot resume from step {found.step} with other settings: {'; '.join(different)}")
+        self.model.load_state_dict(found.tensors["model"])
+        self.optimizer.load_state_dict({**found.state["optimizer"], "arrays": found.tensors["optimizer"]})
+        self.step, self.epoch, self.batch = found.step, found.state["epoch"], found.state["batch"]
+        self._sums = EpochSums(**found.state["epoch_sums"])
+        self._best_loss = found.state["best_loss"] if found.state["best_loss"] is not None else math.inf
+        began_epoch, began_step = found.state["fit_began"]
+        self._fit_began, self._resumed = (began_epoch, began_step), True
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
+        return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
+
+
+def _warn(message: str) -> None:
+    print(f"distprop: {message}", file=sys.stderr, flush=True)
 
 
 def _limit_blas_to_one_thread() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 import distprop as dp
-from distprop import data, nn, optim
+from distprop import data, nn
 from distprop import functional as F
 
 WIDTH = 30
@@ -38,7 +38,7 @@ def network(
     normalise: bool = False,
     residual: bool = False,
 ) -> nn.Sequential:
-    """[784, 30, ..., 30, 10]. Without `init` weights are normal with variance 1/fan_in and biases N(0, 1), Nielsen's."""
+    """[784, 30, ..., 30, 10]. Without `init`, as Nielsen: weights normal with variance 1/fan_in, biases N(0, 1)."""
     layers: list[nn.Module] = []
     for number in range(hidden):
         linear = nn.Linear(784 if number == 0 else WIDTH, WIDTH)
@@ -74,3 +74,76 @@ def through_time(scale: float, steps: int) -> float:
     output, _ = rnn(np.zeros((1, steps, WIDTH), np.float32), h0)
     output[:, -1].sum().backward()
     return float(np.linalg.norm(h0.grad))
+
+
+def say(comm: dp.comm.Communicator, text: str) -> None:
+    if comm.rank == 0:
+        print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="folder with MNIST's four IDX files")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--figure", help="file to draw the table into, .svg or .png (needs matplotlib)")
+    args = parser.parse_args()
+
+    comm = dp.world()
+    images = data.load_mnist(args.root)[0].take(np.arange(args.images))
+    curves: dict[str, list[float]] = {}
+
+    def show(name: str, model: nn.Module) -> None:
+        curves[name] = speeds = learning_speeds(model, images, comm)
+        say(comm, f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
+
+    say(comm, "Vanishing: ‖mean bias gradient‖ of each hidden layer, the first one first")
+    for hidden in (1, 2, 3, 4):
+        dp.manual_seed(1)
+        show(f"{hidden} hidden layers, sigmoid", network(hidden))
+    remedies = {
+        "4, sigmoid, Xavier": {"init": nn.init.xavier_normal_},
+        "4, ReLU, Kaiming": {"activation": nn.ReLU, "init": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")},
+        "4, sigmoid, short cuts": {"residual": True},
+        "4, sigmoid, layer norm": {"normalise": True},
+        "4, ReLU, Kaiming, layer norm, short cuts": {
+            "activation": nn.ReLU, "init": nn.init.kaiming_normal_, "normalise": True, "residual": True,
+        },
+    }  # fmt: skip
+    for name, options in remedies.items():
+        dp.manual_seed(1)
+        show(name, network(4, **options))
+
+    say(comm, "\nExploding: ‖∂L/∂h₀‖ of a recurrent network after so many steps")
+    lengths = (1, 5, 10, 20, 40)
+    say(comm, f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in lengths))
+    for scale in (0.8, 1.0, 1.5):
+        dp.manual_seed(1)
+        norms = [through_time(scale, steps) for steps in lengths]
+        curves[f"recurrent, scale {scale}"] = norms
+        say(comm, f"{scale:<42}" + "  ".join(f"{norm:7.3g}" for norm in norms))
+    clipped = [min(norm, 1.0) for norm in curves["recurrent, scale 1.5"]]
+    say(comm, f"{'1.5, clipped to norm 1':<42}" + "  ".join(f"{norm:7.3g}" for norm in clipped))
+    if args.figure and comm.rank == 0:
+        draw(curves, args.figure)
+
+
+def draw(curves: dict[str, list[float]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for name, values in curves.items():
+        axes = right if name.startswith("recurrent") else left
+        axes.semilogy(range(1, len(values) + 1), values, marker="o", label=name)
+    left.set(title="Learning speed of each hidden layer", xlabel="hidden layer", ylabel="‖mean bias gradient‖")
+    right.set(title="Gradient through time", xlabel="1, 5, 10, 20 and 40 steps", ylabel="‖∂L/∂h₀‖")
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

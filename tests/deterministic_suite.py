@@ -74,9 +74,8 @@ def fingerprint(comm: dp.comm.Communicator, model_name: str, setting: str) -> st
     digest = hashlib.sha256()
     for name, array in model.state_dict().items():
         digest.update(name.encode() + array.tobytes())
-    for state in optimizer._state:
-        for array in state.values():
-            digest.update(array.tobytes())
+    for name, array in optimizer.state_dict()["arrays"].items():
+        digest.update(name.encode() + array.tobytes())
     digest.update(repr(steps).encode())
     digest.update(repr(sorted(trainer.evaluate(dataset).items())).encode())
     return digest.hexdigest()

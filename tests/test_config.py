@@ -1,6 +1,7 @@
 """The configuration of `distprop train`: read, checked, changed from the command line, saved, and run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,14 @@ def test_the_schedule_warms_up_and_falls_to_zero(toml: Path) -> None:
     assert rate(30) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "lars", "lamb"])
+def test_every_optimizer_can_be_named(toml: Path, name: str) -> None:
+    config = load_config(toml, [f"optim.name={name}", "optim.weight_decay=0.01", "optim.lr=0.01"])
+    optimizer = build_optimizer(config.optim, build_model(config.model, 4, 3), steps=30)
+    assert type(optimizer).__name__.lower() == name
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
 def test_train_leaves_the_metrics_and_the_resolved_configuration(
     toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +127,29 @@ def test_a_second_run_does_not_touch_the_first(toml: Path, tmp_path: Path, monke
     assert answer.exit_code == 2
     assert "holds another run" in answer.output
     assert (tmp_path / "runs/small/metrics.jsonl").read_bytes() == first
+
+
+def test_resume_goes_on_where_the_run_stopped(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["--set", "train.checkpoint_every=20", "--set", "train.deterministic=true"]
+    runner = CliRunner()
+    answer = runner.invoke(main, ["train", str(toml), *settings, "--resume"])
+    assert answer.exit_code == 2
+    assert "there is no run to resume in runs/small" in answer.output
+    assert runner.invoke(main, ["train", str(toml), *settings]).exit_code == 0
+    run_dir = tmp_path / "runs" / "small"
+    before = (run_dir / "metrics.jsonl").read_text().splitlines()
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)  # as if the run had been killed before its end
+    answer = runner.invoke(main, ["train", str(toml), *settings, "--resume"])
+    assert answer.exit_code == 0, answer.output
+    assert sorted((run_dir / "checkpoints").iterdir())[-1] == newest
+    after = (run_dir / "metrics.jsonl").read_text().splitlines()
+    without_times = [[{**json.loads(line), "seconds": 0} for line in lines] for lines in (before, after)]
+    assert without_times[0] == without_times[1]
+    answer = runner.invoke(main, ["train", str(toml), *settings, "--set", "optim.lr=0.5", "--resume"])
+    assert answer.exit_code == 2
+    assert "says something else than the configuration" in answer.output
 
 
 def test_data_from_npz_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

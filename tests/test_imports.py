@@ -19,7 +19,7 @@ FLOORS = [
     {"optim", "comm", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
-    {"progress", "train"},
+    {"metrics", "progress", "train"},
     {"config", "job", "launch", "rank", "bench"},
     {"cli", "__main__"},
 ]

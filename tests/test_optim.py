@@ -215,7 +215,7 @@ def test_the_parameters_of_a_model_are_one_run():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10)))
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.step()
-    assert [len(runs) for runs in optimizer._runs] == [1]
+    assert [len(stretches) for stretches in optimizer._plan.values()] == [1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distprop.progress import LiveBar, MetricsFile, PlainLines, Progress, StepResult, show_progress
+from distprop.metrics import MetricsFile, StepResult
+from distprop.progress import LiveBar, PlainLines, Progress, show_progress
 
 
 def step(number=1, *, epoch=0, loss=0.5, examples=100, **metrics):

@@ -16,7 +16,8 @@ from distprop.comm import Communicator
 from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
 from distprop.tensor import Tensor
-from distprop.train import EVALUATION_ROWS, NonFiniteLossError, StepResult, Trainer
+from distprop.metrics import StepResult
+from distprop.train import EVALUATION_ROWS, NonFiniteLossError, Trainer
 from scenario import Suite
 
 suite = Suite()
@@ -338,8 +339,12 @@ def several_ranks_whose_loss_is_not_finite_are_counted(comm: Communicator) -> No
 @suite.scenario()
 def arguments_out_of_range_are_refused(comm: Communicator) -> None:
     for options, message in (
-        ({"batch_size": 0}, "at least 1, got 0 and 1"),
-        ({"accumulate": 0}, "at least 1, got 4 and 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"shards": 0}, "shards must be at least 1, got 0"),
+        ({"resume": True}, "need a run_dir"),
+        ({"checkpoint_every": 5}, "need a run_dir"),
+        ({"checkpoint_every": 0, "run_dir": "never-made"}, "checkpoint_every must be at least 1, got 0"),
         ({"clip_norm": 0}, "clip_norm must be more than 0, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -64,6 +64,14 @@ def bench_step(
     return StepTimes(forward, backward, reduce, update, total, float(np.median(hand_times)))
 
 
+def relu_network(sizes: Sequence[int]) -> nn.Sequential:
+    """Fully connected layers of these widths with ReLU between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 def blas_description() -> str:
     """Which BLAS runs, with which kernels and how many threads."""
     import threadpoolctl
@@ -78,10 +86,7 @@ def blas_description() -> str:
 
 def _package_step(comm: Communicator, sizes: Sequence[int]) -> Callable[[Array, Array], tuple[float, ...]]:
     manual_seed(0)
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
+    model = relu_network(sizes)
     optimizer = optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     parallel = DataParallel(model, comm)
 

@@ -12,13 +12,23 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class Dataset(Protocol):
-    """Anything that hands out many examples at once. A class of your own needs these two methods, and no base class."""
+    """Anything that hands out many examples at once. A class of your own needs these two methods, and no base class.
+
+    One whose examples change from epoch to epoch has a third, `at_epoch(epoch)`, that returns the dataset of that
+    epoch; a `Loader` calls it. It must be another object: the last epoch's batches may still be in use.
+    """
 
     def __len__(self) -> int:
         """The number of examples."""
 
     def __getitem__(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """The examples `indices (n,)`, as a tuple of arrays whose leading axes are all n. n may be 0."""
+
+
+def at_epoch(dataset: Dataset, epoch: int) -> Dataset:
+    """The dataset of `epoch`, which is `dataset` itself where epochs make no difference."""
+    change = getattr(dataset, "at_epoch", None)
+    return dataset if change is None else change(epoch)
 
 
 class ArrayDataset:

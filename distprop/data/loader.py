@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distprop.data.dataset import Dataset
+from distprop.data.background import ahead
+from distprop.data.dataset import Dataset, at_epoch
 from distprop.random import Stream, at, generator
 
 
@@ -66,10 +67,11 @@ class Loader:
     number of ranks.
 
     `batch_size` is the number of examples of the global batch, where PyTorch's `DataLoader` counts those of one
-    process. With `shards` each global batch is cut into so many pieces, and a rank gets whole ones. `comm` needs only
-    `rank` and `size`; without it this is a world of one. `epoch` is the number of the next epoch and may be set.
-    Raises TypeError if `batch_size` is not an integer, and ValueError if it is below 1, if the seed is negative, or if
-    an epoch would have no batch.
+    process. With `shards` each global batch is cut into so many pieces, and a rank gets whole ones. With `prefetch`
+    so many batches are loaded ahead in a background thread, see `ahead`. `comm` needs only `rank` and `size`; without
+    it this is a world of one. `epoch` is the number of the next epoch and may be set. A dataset with `at_epoch` is
+    asked for its examples of each epoch. Raises TypeError if `batch_size` is not an integer, and ValueError if it is
+    below 1, if the seed is negative, or if an epoch would have no batch.
 
     >>> from distprop.data.dataset import ArrayDataset
     >>> loader = Loader(ArrayDataset(np.arange(5)), batch_size=2, shuffle=False)
@@ -87,6 +89,7 @@ class Loader:
         shuffle: bool = True,
         drop_last: bool = False,
         shards: int | None = None,
+        prefetch: int = 0,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise TypeError(f"batch_size must be an integer, got {batch_size!r} of type {type(batch_size).__name__}")
@@ -94,6 +97,8 @@ class Loader:
             raise ValueError(f"batch_size is the number of examples of a global batch, 1 or more; got {batch_size}")
         if seed < 0:
             raise ValueError(f"the seed must be 0 or more, got {seed}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch is the number of batches loaded ahead, 0 or more; got {prefetch}")
         if len(dataset) == 0:
             raise ValueError("the dataset is empty; a Loader needs at least one example")
         if drop_last and len(dataset) < batch_size:
@@ -108,6 +113,7 @@ class Loader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.shards = shards
+        self.prefetch = prefetch
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -132,14 +138,21 @@ class Loader:
         return self._serve(epoch, start)
 
     def _serve(self, epoch: int, start: int) -> Iterator[tuple[NDArray[Any], ...]]:
-        indices = order(self.seed, epoch, len(self.dataset), self.shuffle)
+        batches = self._load(epoch, start)
+        for step, first_row, examples in ahead(batches, self.prefetch) if self.prefetch else batches:
+            at(self.seed, step, first_row)  # here and not in `_load`, which may run in a thread, in another context
+            yield examples
+
+    def _load(self, epoch: int, start: int) -> Iterator[tuple[int, int, tuple[NDArray[Any], ...]]]:
+        """(step, first row, examples) of each batch."""
+        dataset = at_epoch(self.dataset, epoch)
+        indices = order(self.seed, epoch, len(dataset), self.shuffle)
         for batch in range(start, len(self)):
             whole = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
             mine = self.share_of(len(whole))
-            examples = self.dataset[whole[mine]]
+            examples = dataset[whole[mine]]
             self._check(examples, mine.stop - mine.start)
-            at(self.seed, step=epoch * len(self) + batch, first_row=mine.start)
-            yield examples
+            yield epoch * len(self) + batch, mine.start, examples
 
     def rows(self, batch: int) -> int:
         """The number of examples of the global batch number `batch` of an epoch."""

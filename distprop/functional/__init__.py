@@ -18,7 +18,11 @@ from distprop.functional.activation import (
     softplus,
     tanh,
 )
+from distprop.functional.attention import scaled_dot_product_attention
+from distprop.functional.batch_norm import batch_norm
 from distprop.functional.dropout import dropout
+from distprop.functional.embedding import embedding, take
+from distprop.functional.join import concatenate, pad, split, stack, where
 from distprop.functional.linear import linear
 from distprop.functional.loss import (
     binary_cross_entropy_with_logits,
@@ -28,24 +32,41 @@ from distprop.functional.loss import (
     mse_loss,
     nll_loss,
 )
+from distprop.functional.norm import group_norm, layer_norm, rms_norm
+from distprop.functional.recurrent import gru, lstm, rnn
 
 __all__ = [
+    "batch_norm",
     "binary_cross_entropy_with_logits",
+    "concatenate",
     "cross_entropy",
     "dropout",
     "elu",
+    "embedding",
     "gelu",
+    "group_norm",
+    "gru",
     "huber_loss",
     "l1_loss",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
+    "lstm",
     "mse_loss",
     "nll_loss",
+    "pad",
     "relu",
+    "rms_norm",
+    "rnn",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "softmax",
     "softplus",
+    "split",
+    "stack",
+    "take",
     "tanh",
+    "where",
 ]

@@ -2,23 +2,22 @@
 
 Arrays here are `(batch, height, width, channels)`, contiguous: channels last, so that the numbers a window takes from
 one row lie side by side. A convolution and a pooling walk over their output in blocks, some images or some rows of one
-image at a time. For a block `gather` cuts out the part of the input that its windows see, with its border, and
-`scatter`, the other way round, adds what a block gives back; `patches` makes a matrix with one window in each row, which
-turns a convolution into a matrix product. The whole of that matrix (im2col) never exists.
+image at a time. For a block `gather` cuts out the part of the input that its windows see, with its border; `scatter`,
+the other way round, adds what a block gives back; `patches` makes a matrix with one window in each row, which turns a
+convolution into a matrix product. The whole of that matrix (im2col) never exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from distprop.tape import Array
 
-BLOCK_BYTES = 512 * 1024  # half of a second-level cache of today
-FEW_NUMBERS = 12  # below this many side by side, a matrix is filled faster column by column
+SHORT_ROW = 12  # numbers; see `_patches_of`
 
 Pair: TypeAlias = tuple[int, int]
 Where: TypeAlias = tuple[slice, slice]
@@ -42,21 +41,18 @@ class Window:
     @property
     def extent(self) -> Pair:
         """How many rows and columns one window spans."""
-        return _extent(self.kernel, self.dilation)
+        return self.dilation[0] * (self.kernel[0] - 1) + 1, self.dilation[1] * (self.kernel[1] - 1) + 1
 
     @property
     def reach(self) -> Pair:
         """How many rows and columns all windows span together."""
-        return self.span(0, self.output[0]), self.span(1, self.output[1])
+        (rows, columns), (sh, sw), (height, width) = self.output, self.stride, self.extent
+        return (rows - 1) * sh + height, (columns - 1) * sw + width
 
     @property
     def is_pointwise(self) -> bool:
         """Whether a window is one pixel and the windows are side by side."""
         return self.kernel == (1, 1) and self.stride == (1, 1)
-
-    def span(self, axis: int, positions: int) -> int:
-        """How many rows (axis 0) or columns (axis 1) that many positions of the window span."""
-        return (positions - 1) * self.stride[axis] + self.extent[axis]
 
     def shifts(self) -> Iterator[tuple[int, int, Where]]:
         """(i, j, the slices of a block that the kernel's element i, j meets) in row-major order."""
@@ -65,10 +61,6 @@ class Window:
         for i in range(kh):
             for j in range(kw):
                 yield i, j, (slice(i * dh, i * dh + down, sh), slice(j * dw, j * dw + across, sw))
-
-
-def _extent(kernel: Pair, dilation: Pair) -> Pair:
-    return dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1
 
 
 def channels_last(x: Array) -> Array:
@@ -84,13 +76,13 @@ def channels_second(y: Array, ndim: int = 4) -> Array:
     return y.transpose(0, 3, 1, 2) if ndim == 4 else y[:, 0].transpose(0, 2, 1)
 
 
-def blocks(batch: int, window: Window, bytes_per_position: int) -> Iterator[Where]:
-    """Cut `batch` outputs into blocks (images, rows) that hold about `BLOCK_BYTES`.
+def blocks(batch: int, window: Window, positions: int) -> Iterator[Where]:
+    """Cut `batch` outputs into blocks (images, rows) of about `positions` windows.
 
-    Whole images where one image is small enough, else rows of one image; nearly all blocks are of one size.
+    Whole images where one image is small enough, else rows of one image. All blocks but the last ones have one size.
     """
     rows = window.output[0]
-    fitting = max(1, BLOCK_BYTES // max(1, window.output[1] * bytes_per_position))  # rows
+    fitting = max(1, positions // max(1, window.output[1]))  # rows
     if fitting >= rows:
         for images in _equal_parts(batch, fitting // rows):
             yield images, slice(0, rows)
@@ -107,69 +99,117 @@ def _equal_parts(length: int, at_most: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def gather(
-    images: Array, window: Window, bytes_per_position: int, border: float = 0.0
-) -> Iterator[tuple[Where, Window, Array]]:
-    """For each block of the output: where it is, its windows, and the pixels that they see, border included.
+@dataclass(slots=True)
+class Block:
+    """Some images, or some rows of one image, and the pixels that their windows see."""
 
-    The pixels, `(images, height, width, channels)`, are a view of `images` where there is no border, else a copy that
-    the next block overwrites.
+    where: Where
+    """The place in the output: slices of images and of rows."""
+    window: Window
+    """The windows of this block alone."""
+    pixels: Array
+    """`(images, height, width, channels)`, contiguous, with the border; perhaps more rows than the windows see."""
+
+
+def gather(images: Array, window: Window, positions: int, border: float = 0.0) -> Iterator[Block]:
+    """Each block with its pixels: a view of `images` if there is no border, else a copy, overwritten by the next one."""
+    shared: Array | None = None
+    for where, part, source, target in _walk(images.shape, window, positions):
+        if target is None:
+            yield Block(where, part, images[source[0], source[1].start :])
+            continue
+        count, rows = where[0].stop - where[0].start, part.reach[0]
+        if shared is None:
+            shared = np.full((count, *part.reach, images.shape[3]), border, images.dtype)
+            pixels = shared
+        elif pixels.shape[:2] != (count, rows):
+            pixels = shared[:count, :rows]
+        if part is not window:  # rows of one image: the block before had its border elsewhere
+            pixels[:, : target[0].start] = border
+            pixels[:, target[0].stop :] = border
+        pixels[:, target[0], target[1]] = images[source]
+        yield Block(where, part, pixels)
+
+
+def scatter(images: Array, window: Window, positions: int) -> Iterator[Block]:
+    """The adjoint of `gather`: what is added to a block's pixels is added to `images`; the border is dropped."""
+    shared: Array | None = None
+    for where, part, source, target in _walk(images.shape, window, positions):
+        if target is None:
+            yield Block(where, part, images[source[0], source[1].start :])
+            continue
+        count, rows = where[0].stop - where[0].start, part.reach[0]
+        if shared is None:
+            shared = np.empty((count, *part.reach, images.shape[3]), images.dtype)
+        pixels = shared[:count, :rows]
+        pixels[...] = 0
+        yield Block(where, part, pixels)
+        images[source] += pixels[:, target[0], target[1]]
+
+
+def patches(images: Array, window: Window, positions: int) -> Iterator[tuple[Where, Array]]:
+    """For each block the matrix of its windows: one row a window, kernel height × kernel width × channels columns.
+
+    The next block overwrites it.
     """
-    bordered = _has_border(images.shape, window)
-    buffer: Array | None = None
-    for where in blocks(len(images), window, bytes_per_position):
-        part, source, place = _meeting(images.shape, window, where)
-        if not bordered:
-            yield where, part, images[source[0], source[1].start :]  # to the end: contiguous
+    memory: Array | None = None
+    seen: Array | None = None
+    for block in gather(images, window, positions):
+        n, height, width, channels = block.pixels.shape
+        rows, columns = block.window.output
+        if window.is_pointwise and width == columns and (n == 1 or height == rows):
+            yield block.where, block.pixels[:, :rows].reshape(-1, channels)
             continue
-        if buffer is None:
-            count = where[0].stop - where[0].start
-            buffer = np.full((count, *part.reach, images.shape[3]), border, images.dtype)
-        block = buffer[: where[0].stop - where[0].start, : part.reach[0]]
-        if part.output != window.output:  # another block may have left pixels where this one has its border
-            block[:, : place[0].start] = border
-            block[:, place[0].stop :] = border
-        block[:, place[0], place[1]] = images[source]
-        yield where, part, block
+        if block.pixels is not seen:
+            seen = block.pixels
+            size = n * rows * columns * window.kernel[0] * window.kernel[1] * channels
+            if memory is None:
+                memory = np.empty(size, images.dtype)
+            matrix, target, source = _patches_of(block, memory[:size])
+        target[...] = source
+        yield block.where, matrix
 
 
-def scatter(images: Array, window: Window, bytes_per_position: int) -> Iterator[tuple[Where, Window, Array]]:
-    """The adjoint of `gather`: what is added to the yielded pixels is added to `images`, and the border is dropped."""
-    bordered = _has_border(images.shape, window)
-    buffer: Array | None = None
-    for where in blocks(len(images), window, bytes_per_position):
-        part, source, place = _meeting(images.shape, window, where)
-        if not bordered:
-            yield where, part, images[source[0], source[1].start :]
-            continue
-        if buffer is None:
-            count = where[0].stop - where[0].start
-            buffer = np.empty((count, *part.reach, images.shape[3]), images.dtype)
-        block = buffer[: where[0].stop - where[0].start, : part.reach[0]]
-        block[...] = 0
-        yield where, part, block
-        images[source] += block[:, place[0], place[1]]
+def _patches_of(block: Block, memory: Array) -> tuple[Array, Array, Array]:
+    """(the matrix of the windows, still empty; a view of it; the view of the block's pixels to be copied there).
+
+    NumPy copies one item of many bytes much faster than as many numbers. So one row of the kernel is one item, and
+    where that is short, the matrix lies column by column in memory and is filled by long rows of pixels.
+    """
+    (kh, kw), (sh, sw), (dh, dw) = block.window.kernel, block.window.stride, block.window.dilation
+    n, height, width, channels = block.pixels.shape
+    pixel = channels * memory.itemsize
+    image, row = height * width * pixel, width * pixel
+    positions = (n, *block.window.output)
+    if kw * channels < SHORT_ROW:
+        by_column = (dh * row, dw * pixel, memory.itemsize, image, sh * row, sw * pixel)
+        source = np.ndarray((kh, kw, channels, *positions), memory.dtype, block.pixels, strides=by_column)
+        return memory.reshape(kh * kw * channels, -1).T, memory.reshape(source.shape), source
+    together = kw if dw == 1 else 1
+    item = np.dtype((np.void, together * pixel))
+    by_window = (image, sh * row, sw * pixel, dh * row, dw * pixel)
+    source = np.ndarray((*positions, kh, kw // together), item, block.pixels, strides=by_window)
+    return memory.reshape(-1, kh * kw * channels), memory.view(item).reshape(source.shape), source
 
 
-def _has_border(shape: tuple[int, ...], window: Window) -> bool:
-    return window.padding != (0, 0) or window.reach[0] > shape[1] or window.reach[1] > shape[2]
+_Step: TypeAlias = tuple[Where, Window, tuple[slice, slice, slice], tuple[slice, slice] | None]
 
 
-def _meeting(
-    shape: tuple[int, ...], window: Window, where: Where
-) -> tuple[Window, tuple[slice, slice, slice], tuple[slice, slice]]:
-    """A block's own windows, the pixels of the images that they see, and where in the block those lie."""
-    images, rows = where
-    count = rows.stop - rows.start
-    part = window if count == window.output[0] else _with_rows(window, count)
-    top = rows.start * window.stride[0] - window.padding[0]
-    down, place_down = _overlap(top, part.reach[0], shape[1])
-    across, place_across = _overlap(-window.padding[1], part.reach[1], shape[2])
-    return part, (images, down, across), (place_down, place_across)
+def _walk(shape: tuple[int, ...], window: Window, positions: int) -> Iterator[_Step]:
+    """For each block: its place, its windows, the pixels of the images that they see, and where in the block those lie.
 
-
-def _with_rows(window: Window, rows: int) -> Window:
-    return Window(window.kernel, window.stride, window.dilation, window.padding, (rows, window.output[1]))
+    The last is None if nothing has a border.
+    """
+    bordered = window.padding != (0, 0) or window.reach[0] > shape[1] or window.reach[1] > shape[2]
+    across, place_across = _overlap(-window.padding[1], window.reach[1], shape[2])
+    seen: slice | None = None
+    for images, rows in blocks(shape[0], window, positions):
+        if rows != seen:
+            seen, count = rows, rows.stop - rows.start
+            part = window if count == window.output[0] else replace(window, output=(count, window.output[1]))
+            top = rows.start * window.stride[0] - window.padding[0]
+            down, place_down = _overlap(top, part.reach[0], shape[1])
+        yield (images, rows), part, (images, down, across), (place_down, place_across) if bordered else None
 
 
 def _overlap(first: int, count: int, length: int) -> tuple[slice, slice]:
@@ -178,46 +218,3 @@ def _overlap(first: int, count: int, length: int) -> tuple[slice, slice]:
     stop = min(max(first + count, start), length)
     place = min(max(start - first, 0), count)
     return slice(start, stop), slice(place, place + stop - start)
-
-
-class Patches:
-    """The matrix of a block's windows: one row a window, `kernel height × kernel width × channels` columns.
-
-    Makes one matrix after the other in the same memory; a 1×1 kernel needs none.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Array = np.empty(0)
-
-    def of(self, block: Array, window: Window) -> Array:
-        """The matrix of a contiguous block from `gather`; the next call overwrites it."""
-        (kh, kw), (rows, columns) = window.kernel, window.output
-        n, height, width, channels = block.shape
-        if window.is_pointwise and (n == 1 or height == rows) and width == columns:
-            return block[:, :rows].reshape(n * rows * columns, channels)
-        shape = (n, rows, columns, kh, kw, channels)
-        size = int(np.prod(shape))
-        if self._memory.size < size or self._memory.dtype != block.dtype:
-            self._memory = np.empty(size, block.dtype)
-        memory = self._memory[:size]
-        if kw * channels < FEW_NUMBERS:
-            by_column = memory.reshape(kh, kw, channels, n, rows, columns)
-            by_column[...] = _view(block, shape, block.dtype, window).transpose(3, 4, 5, 0, 1, 2)
-            return memory.reshape(-1, n * rows * columns).T
-        # NumPy copies an item of many bytes at once far faster than as many numbers: one kernel row is one item.
-        together = kw if window.dilation[1] == 1 else 1
-        item = np.dtype((np.void, together * channels * block.itemsize))
-        target = memory.view(item).reshape(n, rows, columns, kh, kw // together)
-        target[...] = _view(block, target.shape, item, window)
-        return memory.reshape(n * rows * columns, -1)
-
-
-def _view(block: Array, shape: tuple[int, ...], item: np.dtype[Any], window: Window) -> Array:
-    """All windows of a block without copying, of axes (image, row, column, kernel row, kernel column[, channel])."""
-    _, height, width, channels = block.shape
-    pixel = channels * block.itemsize
-    row = width * pixel
-    image = height * row
-    (sh, sw), (dh, dw) = window.stride, window.dilation
-    strides = (image, sh * row, sw * pixel, dh * row, dw * pixel, block.itemsize)[: len(shape)]
-    return np.ndarray(shape, item, buffer=block, strides=strides)

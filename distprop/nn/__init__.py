@@ -1,6 +1,7 @@
 """Modules, layers and their initialisation, with PyTorch's names, arguments and parameter layouts."""
 
 from distprop.nn import init
+from distprop.nn.embedding import Embedding
 from distprop.nn.layers import (
     ELU,
     GELU,
@@ -17,26 +18,42 @@ from distprop.nn.layers import (
     Softplus,
     Tanh,
 )
-from distprop.nn.module import Module, Sequential
+from distprop.nn.module import Module, ModuleList, Sequential
+from distprop.nn.norm import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, RMSNorm, SyncBatchNorm
+from distprop.nn.recurrent import GRU, LSTM, RNN
+from distprop.nn.transformer import MultiheadAttention, TransformerEncoderLayer
 from distprop.tensor import Parameter
 
 __all__ = [
     "ELU",
     "GELU",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BatchNorm1d",
+    "BatchNorm2d",
     "Dropout",
+    "Embedding",
     "Flatten",
+    "GroupNorm",
     "Identity",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",
     "Module",
+    "ModuleList",
+    "MultiheadAttention",
     "Parameter",
+    "RMSNorm",
     "ReLU",
     "Sequential",
     "SiLU",
     "Sigmoid",
     "Softmax",
     "Softplus",
+    "SyncBatchNorm",
     "Tanh",
+    "TransformerEncoderLayer",
     "init",
 ]

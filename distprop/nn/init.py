@@ -1,7 +1,8 @@
 """First weights. The wrong scale here is where vanishing and exploding gradients begin: see docs/backprop.md.
 
 Each function fills a parameter in place and returns it, under PyTorch's name.
-Sources: Glorot and Bengio, 2010 (Xavier); He et al., 2015, arXiv:1502.01852 (Kaiming).
+Sources: Glorot and Bengio, 2010 (Xavier); He et al., 2015, arXiv:1502.01852 (Kaiming); LeCun et al., 1998, "Efficient
+BackProp" (LeCun); Saxe et al., 2013, arXiv:1312.6120 (orthogonal).
 """
 
 from __future__ import annotations
@@ -73,6 +74,35 @@ def kaiming_normal_(
 ) -> Parameter:
     """Normal with standard deviation gain/√fan."""
     return normal_(parameter, 0.0, gain_of(nonlinearity, a) / math.sqrt(_fan(parameter, mode)))
+
+
+def lecun_uniform_(parameter: Parameter) -> Parameter:
+    """Uniform on ±√(3/fan_in): keeps variances forward through linear units, and for SELU. Not in PyTorch."""
+    bound = math.sqrt(3 / fans(parameter)[0])
+    return uniform_(parameter, -bound, bound)
+
+
+def lecun_normal_(parameter: Parameter) -> Parameter:
+    """Normal with standard deviation 1/√fan_in. Not in PyTorch."""
+    return normal_(parameter, 0.0, 1 / math.sqrt(fans(parameter)[0]))
+
+
+def orthogonal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+    """gain times a random matrix `(out, in · ...)` whose rows, or columns if they are fewer, are orthonormal.
+
+    All singular values are `gain`, so a deep linear network neither shrinks nor stretches anything. Uniform over all
+    such matrices: Q of the decomposition QR of a normal matrix, with signs that make R's diagonal positive.
+
+    Raises:
+        ValueError: fewer than two axes, or an empty one.
+    """
+    if parameter.ndim < 2 or not parameter.data.size:
+        raise ValueError(f"orthogonal_ needs a weight of two or more axes with entries, got shape {parameter.shape}")
+    rows, columns = parameter.shape[0], parameter.data[0].size
+    q, r = np.linalg.qr(initialiser().normal(size=(max(rows, columns), min(rows, columns))))
+    q *= np.where(np.diag(r) < 0, -1, 1)
+    parameter.data = (gain * (q if rows >= columns else q.T)).reshape(parameter.shape).astype(parameter.dtype)
+    return parameter
 
 
 def gain_of(nonlinearity: str, slope: float = 0.01) -> float:

@@ -7,8 +7,8 @@ in the order in which they were assigned.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -209,6 +209,53 @@ class Sequential(Module):
 
     def __getitem__(self, index: int) -> Module:
         return list(self.children())[index]
+
+
+class ModuleList(Module):
+    """Modules in a list, named "0", "1", and so on; it computes nothing by itself.
+
+    >>> from distprop.nn import Linear
+    >>> layers = ModuleList(Linear(8, 8) for _ in range(3))
+    >>> [name for name, _ in layers.append(Linear(8, 1)).named_children()]
+    ['0', '1', '2', '3']
+    """
+
+    def __init__(self, modules: Iterable[Module] = ()) -> None:
+        self.extend(modules)
+
+    def append(self, module: Module) -> Self:
+        """One more at the end."""
+        if not isinstance(module, Module):
+            raise TypeError(f"ModuleList takes modules; got a {type(module).__name__} for number {len(self)}")
+        vars(self)[str(len(self))] = module
+        return self
+
+    def extend(self, modules: Iterable[Module]) -> Self:
+        """Several more at the end."""
+        for module in modules:
+            self.append(module)
+        return self
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.children())
+
+    def __iter__(self) -> Iterator[Module]:
+        return self.children()
+
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ModuleList: ...
+
+    def __getitem__(self, index: int | slice) -> Module:
+        chosen = list(self.children())[index]
+        return chosen if isinstance(chosen, Module) else ModuleList(chosen)
+
+    def __setitem__(self, index: int, module: Module) -> None:
+        if not isinstance(module, Module):
+            raise TypeError(f"ModuleList takes modules; got a {type(module).__name__} for number {index}")
+        vars(self)[str(range(len(self))[index])] = module
 
 
 def _join(prefix: str, name: str) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
+_CHUNK = 16384  # numbers squared at once, in the second-level cache
+
 
 def clip_grad_norm_(parameters: Iterable[Parameter] | Parameter, max_norm: float) -> float:
     """Scale all gradients so that their common Euclidean norm is at most `max_norm`; returns the norm before.
@@ -44,8 +46,9 @@ def _several(parameters: Iterable[Parameter] | Parameter) -> Iterable[Parameter]
 
 
 def _squared_norm(gradient: Array) -> float:
+    """Σg². Not a BLAS product: its last bits depend on the number of threads, and then on the rank."""
+    flat = gradient.reshape(-1)
+    scratch = np.empty(min(flat.size, _CHUNK), np.float64)  # float32 squares overflow from 1e19 on
+    pieces = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
     with np.errstate(over="ignore"):
-        squared = float(np.vdot(gradient, gradient))
-    if math.isinf(squared):  # float32 squares overflow from 1e19 on
-        squared = float(np.square(gradient, dtype=np.float64).sum())
-    return squared
+        return sum(float(np.square(piece, out=scratch[: piece.size], dtype=np.float64).sum()) for piece in pieces)

@@ -1,35 +1,33 @@
-"""What every optimizer shares: parameter groups, schedules, and walking flat arrays in cache-sized chunks.
+"""What every optimizer shares: parameter groups, schedules, the walk over flat memory, and its state as a dictionary.
 
-A subclass states its update for one chunk. Chunks are short enough that parameter, gradient, state and scratch stay in
-the second-level cache through all passes of the update, and no temporary of the model's size is ever made.
+A subclass states its update for one chunk, a short piece of the flat arrays (`layout`). Groups that differ in nothing
+but their weight decay are walked together, so that weights and biases lying in turns cost no call of their own each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from distprop.buffer import FlatBuffer, fill_missing, shared_buffer
+from distprop.buffer import fill_missing
+from distprop.optim.groups import ParameterGroups, filled_groups
+from distprop.optim.layout import (
+    CHUNK_BYTES,
+    Chunk,
+    FlatState,
+    chunks_of,
+    flat_views,
+    give_buffers,
+    memory_order,
+    stretches,
+)
+from distprop.optim.state import key_problems, loaded_arrays, loaded_groups, own_state
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
 Schedule: TypeAlias = Callable[[int], float]
-ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[Mapping[str, Any]]
-
-CHUNK_BYTES = 128 * 1024
-
-
-@dataclass
-class Chunk:
-    """A piece of the flat arrays: views of equal length, to be updated in place."""
-
-    data: Array
-    grad: Array  # read-only by convention
-    state: dict[str, Array]
-    scratch: Array  # (2, length)
 
 
 class Optimizer:
@@ -39,7 +37,7 @@ class Optimizer:
     defaults. A learning rate is a number or a schedule, a function of the step (0 for the first).
 
     A parameter without a gradient this step counts as having a zero one, so that the update does not depend on which
-    rank saw what (PyTorch skips it). One with `requires_grad` False is left alone.
+    rank saw what (PyTorch skips it). One with `requires_grad` False is left alone, and its count of updates stands.
 
     Raises:
         ValueError: no parameters, one given twice, or an option out of its range.
@@ -50,13 +48,15 @@ class Optimizer:
 
     def __init__(self, params: ParameterGroups, **defaults: Any) -> None:
         self.steps = 0
-        self.param_groups = _groups(params, defaults)
+        self.param_groups = filled_groups(params, defaults)
         for group in self.param_groups:
             self._check(group)
-        self._state = [self._new_state(group) for group in self.param_groups]
-        self._runs: list[list[_Run]] = []
-        self._runs_made_for: list[tuple[object, bool]] = []
-        self._scratch: Array = np.empty((2, 0))
+        self._members = self.parameters
+        self._state = FlatState(self._members)
+        self._missed = [0] * len(self._members)  # steps at which a parameter was frozen
+        self._frozen: list[int] = []
+        self._laid_out_for: object = None
+        self._plan: dict[tuple[int, int], list[list[Chunk]]] = {}
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -75,115 +75,135 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients. Costs nothing: the next backward pass overwrites them."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        for parameter in self._members:
+            parameter.grad = None
 
     def step(self) -> None:
         """Update every parameter from its gradient."""
-        self._find_runs()
-        for group, state, runs in zip(self.param_groups, self._state, self._runs, strict=True):
-            options = {**group, "lr": self.rate(group)}
-            for run in runs:
-                length = max(1, CHUNK_BYTES // run.data.itemsize)
-                for start in range(0, run.data.size, length):
-                    piece = slice(start, min(start + length, run.data.size))
-                    stored = slice(run.offset + piece.start, run.offset + piece.stop)
-                    self._update(
-                        Chunk(
-                            run.data[piece],
-                            run.grad[piece],
-                            {name: array[stored] for name, array in state.items()},
-                            self._scratch[:, : piece.stop - piece.start],
-                        ),
-                        options,
-                    )
+        self._lay_out()
+        fill_missing(self._members)
+        for (number, missed), of_this_kind in self._plan.items():
+            group = self.param_groups[number]
+            options = {**group, "lr": self.rate(group), "step": self.steps + 1 - missed}
+            for chunks in of_this_kind:
+                self._update_stretch(chunks, options)
+        for i in self._frozen:
+            self._missed[i] += 1
         self.steps += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on to the last bit; it says nothing about ranks or memory.
+
+        Returns:
+            "steps" made; for each parameter in order the steps it "missed" while it was frozen; "param_groups", with
+            the parameters' numbers, the plain options, and for a schedule that has a `state_dict()` that instead;
+            "arrays", by names such as "0.exp_avg" and in the parameters' shapes, views and not copies. All but the
+            arrays can go through JSON.
+        """
+        return own_state(self.steps, self._missed, self.param_groups, self._state.arrays)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another optimizer of the same groups and shapes stood. Options come along, schedules do not.
+
+        Raises:
+            ValueError: the state is not of such an optimizer; lists every difference. Nothing has been changed then.
+        """
+        if problems := key_problems(state):
+            raise ValueError(f"this is not the state of an optimizer: {'; '.join(problems)}")
+        groups, problems = loaded_groups(state, self.param_groups, self._check)
+        names = [self._state_names(group) for group in groups for _ in group["params"]]
+        arrays, array_problems = loaded_arrays(state, self._members, names)
+        if problems := problems + array_problems:
+            raise ValueError(f"the state does not fit this {type(self).__name__}: {'; '.join(problems)}")
+        for group, loaded, saved in zip(self.param_groups, groups, state["param_groups"], strict=True):
+            group.update(loaded)
+            if callable(group["lr"]) and isinstance(saved.get("lr"), Mapping):
+                group["lr"].load_state_dict(saved["lr"])
+        self.steps, self._missed = state["steps"], list(state["missed"])
+        self._state.replace(arrays)
+        self._laid_out_for = None
+
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        """Update one chunk in place; every optimizer defines it."""
+        """Update one chunk in place; every optimizer defines this or `_update_stretch`.
+
+        The options are the group's, with the learning rate of this step as a number, and "step" counts the updates of
+        these parameters, this one included. Weight decay is the chunk's: groups that differ in it share chunks.
+        """
         raise TypeError(f"{type(self).__name__} does not define _update()")
+
+    def _update_stretch(self, chunks: Sequence[Chunk], options: Mapping[str, Any]) -> None:
+        """Update all chunks of a stretch of memory."""
+        for chunk in chunks:
+            self._update(chunk, options)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError for options out of range."""
         if not callable(group["lr"]) and not group["lr"] >= 0:
             raise ValueError(f"the learning rate must be 0 or more, got {group['lr']}")
-        for name in ("momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay", "eps", "lr_decay", "initial_accumulator_value", "trust_coefficient"):
             if name in group and not group[name] >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+        if len(group.get("betas", (0, 0))) != 2:
+            raise ValueError(f"betas must be two numbers, got {group['betas']}")
+        shares = {"alpha": group.get("alpha", 0.0)} | {f"beta{i + 1}": b for i, b in enumerate(group.get("betas", ()))}
+        for name, share in shares.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
 
-    def _new_state(self, group: Mapping[str, Any]) -> dict[str, Array]:
-        size = sum(parameter.data.size for parameter in group["params"])
-        return {name: np.zeros(size, group["params"][0].dtype) for name in self.state_names}
+    def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The arrays that each parameter of the group needs."""
+        return self.state_names
 
-    def _find_runs(self) -> None:
-        """See where the parameters lie now; anew only if they moved (a buffer was made) or were frozen."""
-        self._give_buffers()
-        now = [(parameter.buffer, parameter.requires_grad) for parameter in self.parameters]
-        if now != self._runs_made_for:
-            self._runs_made_for = now
-            self._runs = [_contiguous_runs(group["params"]) for group in self.param_groups]
-            for number, (group, state) in enumerate(zip(self.param_groups, self._state, strict=True)):
-                if any(array.dtype != group["params"][0].dtype for array in state.values()):
-                    self._state[number] = {n: a.astype(group["params"][0].dtype) for n, a in state.items()}
-            dtype = self.parameters[0].dtype
-            self._scratch = np.empty((2, CHUNK_BYTES // dtype.itemsize), dtype)
-        fill_missing(self.parameters)
+    def _initial(self, group: Mapping[str, Any], name: str) -> float:
+        """What an array starts with."""
+        return 0.0
 
-    def _give_buffers(self) -> None:
-        homeless = [parameter for parameter in self.parameters if parameter.buffer is None]
-        if homeless:
-            shared_buffer(homeless)
+    def _layerwise(self, group: Mapping[str, Any]) -> bool:
+        """Whether a stretch must be one whole parameter."""
+        return False
 
+    def _lay_out(self) -> None:
+        """See where the parameters lie; cut anew only if they moved (into a buffer), were frozen, or options changed.
 
-@dataclass
-class _Run:
-    """Parameters of one group that lie side by side in a buffer; `offset` is where their state begins."""
+        Looking takes 0.01 ms for 200 parameters in two groups, cutting 0.5 ms.
+        """
+        give_buffers(self._members)
+        groups = self.param_groups
+        kinds: dict[Hashable, int] = {}
+        numbers = [kinds.setdefault(_kind(group), number) for number, group in enumerate(groups)]
+        names = [self._state_names(group) for group in groups]
+        decays = [group.get("weight_decay", 0.0) for group in groups]
+        places = [(parameter.buffer, parameter.requires_grad) for parameter in self._members]
+        if (numbers, names, decays, places) != self._laid_out_for:
+            self._cut(numbers, names, decays)
+            self._laid_out_for = (numbers, names, decays, places)
 
-    data: Array
-    grad: Array
-    offset: int
-
-
-def _contiguous_runs(parameters: Sequence[Parameter]) -> list[_Run]:
-    """The stretches of flat memory that `parameters` cover, as few as possible."""
-    runs: list[_Run] = []
-    last: tuple[object, int] = (None, -1)
-    span = (0, 0)
-    offset = 0
-    for parameter in reversed(parameters):
-        buffer = parameter.buffer
-        assert isinstance(buffer, FlatBuffer)
-        start, stop = buffer.span(parameter)
-        if parameter.requires_grad:
-            if last == (buffer, start) and runs:
-                span = (span[0], stop)
-                runs[-1] = _Run(buffer.data[slice(*span)], buffer.grad[slice(*span)], runs[-1].offset)
-            else:
-                span = (start, stop)
-                runs.append(_Run(buffer.data[start:stop], buffer.grad[start:stop], offset))
-            last = (buffer, stop)
-        offset += stop - start
-    return runs
+    def _cut(self, numbers: Sequence[int], names: Sequence[tuple[str, ...]], decays: Sequence[float]) -> None:
+        parameters, groups = self._members, self.param_groups
+        group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self._frozen = [i for i, parameter in enumerate(parameters) if not parameter.requires_grad]
+        order = memory_order(parameters)
+        self._state.arrange(
+            [i for i in order if parameters[i].requires_grad or self._state.arrays[i]],
+            [names[number] for number in group_of],
+            lambda i, name: self._initial(groups[group_of[i]], name),
+        )
+        alone = [self._layerwise(group) for group in groups]
+        kind = [(numbers[n], self._missed[i], i if alone[n] else None) for i, n in enumerate(group_of)]
+        self._plan = {}
+        scratch: dict[np.dtype[Any], Array] = {}
+        for stretch in stretches(parameters, [i for i in order if parameters[i].requires_grad], kind):
+            number, missed, _ = kind[stretch[0]]
+            data, grad = flat_views(parameters, stretch)
+            if data.dtype not in scratch:
+                scratch[data.dtype] = np.empty((2, CHUNK_BYTES // data.itemsize), data.dtype)
+            parts = [(parameters[i].data.size, decays[group_of[i]]) for i in stretch]
+            state = self._state.along(stretch, names[number])
+            chunks = chunks_of(data, grad, state, scratch[data.dtype], parts)
+            self._plan.setdefault((number, missed), []).append(chunks)
 
 
-def _groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Groups with all options filled in."""
-    given: list[Any] = list(params)
-    if given and all(isinstance(item, Mapping) for item in given):
-        groups = [{**defaults, **group, "params": list(group["params"])} for group in given]
-    else:
-        groups = [{**defaults, "params": given}]
-    seen: set[int] = set()
-    for group in groups:
-        if unknown := set(group) - set(defaults) - {"params"}:
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-        if not group["params"]:
-            raise ValueError("an optimizer needs at least one parameter (was the generator used up before?)")
-        for parameter in group["params"]:
-            if not isinstance(parameter, Parameter):
-                raise TypeError(f"an optimizer takes parameters, got {type(parameter).__name__}")
-            if id(parameter) in seen:
-                raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
-            seen.add(id(parameter))
-    return groups
+def _kind(group: Mapping[str, Any]) -> Hashable:
+    """All options but the weight decay, to find the groups that agree in them."""
+    options = (value for name, value in group.items() if name not in ("params", "weight_decay"))
+    return tuple(value if isinstance(value, Hashable) else str(value) for value in options)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from distprop.optim.optimizer import Chunk, Optimizer, ParameterGroups, Schedule
+from distprop.optim.groups import ParameterGroups
+from distprop.optim.layout import Chunk
+from distprop.optim.optimizer import Optimizer, Schedule
 
 
 class SGD(Optimizer):
@@ -18,8 +20,6 @@ class SGD(Optimizer):
 
     Sources: Robbins and Monro, 1951; Sutskever et al., 2013 (Nesterov's momentum).
     """
-
-    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __init__(
         self,
@@ -39,20 +39,17 @@ class SGD(Optimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov needs momentum > 0 and dampening = 0")
 
-    def _new_state(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return super()._new_state(group) if group["momentum"] else {}
+    def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        w, d = chunk.data, chunk.grad
-        first, second = chunk.scratch
+        w, d = chunk.data, chunk.gradient()
+        _, second = chunk.scratch
         momentum = options["momentum"]
-        if options["weight_decay"]:
-            np.multiply(w, options["weight_decay"], out=first)
-            d = np.add(first, d, out=first)
         if momentum:
-            v = chunk.state["momentum"]
+            v = chunk.state["momentum_buffer"]
             v *= momentum
-            if self.steps and options["dampening"]:
+            if options["step"] > 1 and options["dampening"]:
                 v += np.multiply(d, 1 - options["dampening"], out=second)
             else:
                 v += d

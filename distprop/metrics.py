@@ -1,0 +1,179 @@
+"""The numbers that come out of training, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from distprop.tape import Array
+from distprop.tensor import Tensor
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; every number is over the global batch."""
+
+    step: int  # 1 after the first update
+    epoch: int  # 0 during the first pass over the data
+    loss: float
+    metrics: dict[str, float]
+    examples: int
+    lr: float
+    seconds: float
+
+
+@dataclass
+class EpochResult:
+    """One line of `Trainer.fit`'s return value."""
+
+    epoch: int
+    loss: float
+    metrics: dict[str, float]
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EpochSums:
+    """What an epoch's steps add up to; part of a checkpoint, so that a resumed epoch has the same means."""
+
+    examples: int = 0
+    loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, result: StepResult) -> None:
+        """Count one step."""
+        self.examples += result.examples
+        self.loss += result.loss * result.examples
+        for name, value in result.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value * result.examples
+
+    def result(self, epoch: int) -> EpochResult:
+        """The means over the examples."""
+        means = {name: value / self.examples for name, value in self.metrics.items()}
+        return EpochResult(epoch, self.loss / self.examples, means)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint: `EpochSums(**as_dict())` is the same again."""
+        return asdict(self)
+
+
+@dataclass
+class Tally:
+    """Sums over examples, to be divided once."""
+
+    examples: float = 0.0
+    loss: float = 0.0
+    correct: float = 0.0
+    classifies: bool = False
+
+    def add(self, loss: float, output: Any, target: Array, examples: int) -> None:
+        """Count the mean `loss` of a batch, and its right answers where targets are class labels."""
+        if not examples:
+            return
+        self.examples += examples
+        self.loss += loss * examples
+        correct = _share_correct(output, target)
+        if correct is not None:
+            self.classifies = True
+            self.correct += correct * examples
+
+
+class MetricsFile:
+    """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes nothing.
+
+    Lines are flushed once a second, so a reader sees a run that is still going. When the disk is full, standard error
+    says so once and training goes on.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._file: TextIO | None = None
+        self._flushed = time.monotonic()
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+
+    def write_step(self, result: StepResult) -> None:
+        """The numbers of one step."""
+        if self._file is not None:
+            self.write(
+                {"step": result.step, "epoch": result.epoch, "loss": result.loss, **result.metrics}
+                | {"lr": result.lr, "examples": result.examples, "seconds": round(result.seconds, 6)}
+            )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One line; numbers that JSON cannot say become null."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            self._give_up(error)
+        if time.monotonic() - self._flushed > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Let readers see everything so far."""
+        self._flushed = time.monotonic()
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as failure:
+                self._give_up(failure)
+
+    def _give_up(self, error: OSError) -> None:
+        print(f"distprop: no more metrics are written: {error}", file=sys.stderr)
+        file, self._file = self._file, None
+        with suppress(OSError):
+            if file is not None:
+                file.close()
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Drop what was written after `step`, by a run that is resumed from there, and a line that was cut off."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    replacement = path.with_suffix(".partial")
+    replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _share_correct(output: Any, target: Array) -> float | None:
+    """The share of rows (or positions) whose highest score is the label, or None where that makes no sense."""
+    if not isinstance(output, Tensor) or target.dtype.kind not in "iu":
+        return None
+    if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+        return None
+    return float((output.data.argmax(axis=1) == target).mean())

@@ -1,0 +1,128 @@
+"""The exponential moving average of the weights, which often tests better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from distprop.optim.layout import CHUNK_BYTES, FlatState, flat_views, give_buffers, memory_order, pieces, stretches
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+
+class ExponentialMovingAverage:
+    """a ← decay·a + (1 − decay)·w after every step; the first `update()` takes the weights as they are.
+
+    >>> from distprop import nn
+    >>> model = nn.Linear(3, 1)
+    >>> average = ExponentialMovingAverage(model.parameters(), decay=0.99)
+    >>> average.update()                     # after each optimizer.step()
+    >>> with average.averaged():             # inside, the model has the averaged weights
+    ...     output = model(np.ones((2, 3), np.float32))
+
+    The same as PyTorch's `AveragedModel` with `get_ema_multi_avg_fn(decay)`, but it averages parameters only, in place
+    and without a second model. Every rank has the same weights, so every rank has the same average.
+
+    Raises:
+        ValueError: decay is not between 0 and 1, or there are no parameters.
+        RuntimeError: a call inside `averaged()` that needs the weights themselves.
+
+    Source: Polyak and Juditsky, 1992 (averaging); Tarvainen and Valpola, 2017, arXiv:1703.01780 (exponential).
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], decay: float = 0.999) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self._parameters = list(parameters)
+        if not self._parameters:
+            raise ValueError("an average needs at least one parameter (was the generator used up before?)")
+        self._state = FlatState(self._parameters)
+        self._swapped = False
+
+    def update(self) -> None:
+        """Take the weights as they are now into the average."""
+        self._refuse_swapped("update()")
+        share = 1 - self.decay if self.updates else 1.0
+        for w, a, scratch in self._chunks():
+            if share == 1:
+                a[...] = w
+            else:
+                np.subtract(w, a, out=scratch)
+                scratch *= share
+                a += scratch
+        self.updates += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold their averages; afterwards their own values again."""
+        self._refuse_swapped("averaged()")
+        self._swap()
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._swapped = False
+            self._swap()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of "updates", and "arrays": the averages by the parameters' numbers, views and not copies."""
+        self._refuse_swapped("state_dict()")
+        for _ in self._chunks():
+            break  # the first look takes over the weights
+        arrays = {
+            str(i): own["average"].reshape(parameter.shape)
+            for i, (own, parameter) in enumerate(zip(self._state.arrays, self._parameters, strict=True))
+        }
+        return {"updates": self.updates, "arrays": arrays}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another average of the same shapes.
+
+        Raises:
+            ValueError: it does not fit; lists every difference. Nothing has been changed then.
+        """
+        self._refuse_swapped("load_state_dict()")
+        updates = state.get("updates")
+        arrays = {key: np.asarray(array) for key, array in state.get("arrays", {}).items()}
+        problems = [] if isinstance(updates, int) and updates >= 0 else [f"updates is {updates!r}, expected 0 or more"]
+        expected = {str(i): parameter for i, parameter in enumerate(self._parameters)}
+        problems += [f"{key}: missing" for key in expected if key not in arrays]
+        problems += [f"{key}: unexpected" for key in arrays if key not in expected]
+        problems += [
+            f"{key}: shape {arrays[key].shape}, expected {parameter.shape}"
+            for key, parameter in expected.items()
+            if key in arrays and arrays[key].shape != parameter.shape
+        ]
+        if problems:
+            raise ValueError(f"the state does not fit this average: {'; '.join(problems)}")
+        self._state.replace([{"average": arrays[k].astype(p.dtype).reshape(-1)} for k, p in expected.items()])
+        self.updates = state["updates"]
+
+    def _swap(self) -> None:
+        for w, a, scratch in self._chunks():
+            scratch[...] = w
+            w[...] = a
+            a[...] = scratch
+
+    def _chunks(self) -> Iterator[tuple[Array, Array, Array]]:
+        """Values, averages and scratch in pieces that stay in the cache."""
+        parameters = self._parameters
+        give_buffers(parameters)
+        order = memory_order(parameters)
+        names = [("average",)] * len(parameters)
+        self._state.arrange(order, names, lambda i, name: parameters[i].data.reshape(-1))
+        for stretch in stretches(parameters, order, names):
+            data, _ = flat_views(parameters, stretch)
+            average = self._state.along(stretch, ("average",))["average"]
+            scratch = np.empty(CHUNK_BYTES // data.itemsize, data.dtype)
+            for piece in pieces(data.size, scratch.size):
+                yield data[piece], average[piece], scratch[: piece.stop - piece.start]
+
+    def _refuse_swapped(self, call: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{call} inside averaged(): the parameters hold the averages now")

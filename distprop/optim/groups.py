@@ -1,0 +1,70 @@
+"""Parameter groups: one optimizer with other options for some of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from distprop.tensor import Parameter
+
+ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[Mapping[str, Any]]
+
+
+@runtime_checkable
+class HasParameters(Protocol):
+    """A module, or anything else that lists parameters."""
+
+    def parameters(self) -> Iterable[Parameter]:
+        """All of them."""
+
+
+def decay_groups(
+    parameters: Iterable[Parameter] | HasParameters, weight_decay: float, **others: Any
+) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels, which decay, and biases and norm parameters (fewer than 2 axes), which do not.
+
+    >>> from distprop import nn
+    >>> groups = decay_groups(nn.Linear(3, 2), 0.01)
+    >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+    [(1, 0.01), (1, 0.0)]
+
+    Args:
+        parameters: a module, or its parameters.
+        weight_decay: of the first group; it is 0 in the second.
+        others: further options of the second group, such as `adapt=False` for `LARS` and `LAMB`.
+    """
+    several = list(parameters.parameters() if isinstance(parameters, HasParameters) else parameters)
+    matrices = [parameter for parameter in several if parameter.ndim >= 2]
+    vectors = [parameter for parameter in several if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0, **others},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups with all options filled in.
+
+    Raises:
+        ValueError: no parameters, or one given twice.
+        TypeError: something that is not a parameter, or an unknown option.
+    """
+    given: list[Any] = list(params)
+    if given and all(isinstance(item, Mapping) for item in given):
+        groups = [{**defaults, **group, "params": tuple(group["params"])} for group in given]
+    else:
+        groups = [{**defaults, "params": tuple(given)}]
+    seen: set[int] = set()
+    for group in groups:
+        if unknown := set(group) - set(defaults) - {"params"}:
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
+        if not group["params"]:
+            raise ValueError("an optimizer needs at least one parameter (was the generator used up before?)")
+        for parameter in group["params"]:
+            if not isinstance(parameter, Parameter):
+                raise TypeError(f"an optimizer takes parameters, got {type(parameter).__name__}")
+            if id(parameter) in seen:
+                raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
+            seen.add(id(parameter))
+    return groups

@@ -1,0 +1,213 @@
+"""Where parameters lie in flat memory, the state beside them, and both cut into pieces that stay in the cache.
+
+Walking the flat arrays piece by piece keeps values, gradients, state and scratch in the second-level cache through all
+passes of an update, and no temporary of the model's size is ever made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from distprop.buffer import FlatBuffer, shared_buffer
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+CHUNK_BYTES = 128 * 1024
+
+
+class Segment(NamedTuple):
+    """The part of a chunk that has one weight decay: views of its values, gradients and scratch."""
+
+    data: Array
+    grad: Array
+    first: Array
+    second: Array
+    weight_decay: float
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A piece of the flat arrays: views of equal length, to be updated in place."""
+
+    data: Array
+    grad: Array  # read-only by convention
+    state: dict[str, Array]
+    scratch: tuple[Array, Array]
+    segments: list[Segment]  # that cover it; none if nothing in it decays
+
+    def gradient(self) -> Array:
+        """g + weight_decay·w, made in the first scratch array; g itself where nothing decays."""
+        if not self.segments:
+            return self.grad
+        for data, grad, first, _, weight_decay in self.segments:
+            if weight_decay:
+                np.multiply(data, weight_decay, out=first)
+                np.add(first, grad, out=first)
+            else:
+                first[...] = grad
+        return self.scratch[0]
+
+    def shrink(self, lr: float) -> None:
+        """w ← w − lr·weight_decay·w, the decay that does not pass through the gradient."""
+        for data, _, _, _, weight_decay in self.segments:
+            if weight_decay:
+                np.multiply(data, 1 - lr * weight_decay, out=data)
+
+    def add_decay(self) -> None:
+        """Add weight_decay·w to the first scratch array; uses the second."""
+        for data, _, first, second, weight_decay in self.segments:
+            if weight_decay:
+                np.multiply(data, weight_decay, out=second)
+                np.add(first, second, out=first)
+
+
+class FlatState:
+    """Arrays of the parameters' sizes, in the order in which the parameters lie in memory.
+
+    Attributes:
+        arrays: for each parameter its arrays by name, `(size,)`, views of one flat array for each buffer and name.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = parameters
+        self.arrays: list[dict[str, Array]] = [{} for _ in parameters]
+        self._arranged_for: object = None
+        self._places: dict[tuple[int, str], tuple[Array, int]] = {}
+
+    def arrange(
+        self, order: Sequence[int], names: Sequence[Sequence[str]], initial: Callable[[int, str], ArrayLike]
+    ) -> None:
+        """Give the parameters numbered `order` their state `names`, side by side; what there was before is kept.
+
+        Raises:
+            ValueError: a parameter has changed its size.
+        """
+        arranged_for = [(i, self.parameters[i].buffer, tuple(names[i])) for i in order]
+        if arranged_for == self._arranged_for:
+            return
+        self._check_sizes()
+        sizes: dict[tuple[object, str], int] = {}
+        starts: dict[tuple[int, str], int] = {}
+        for i, buffer, own_names in arranged_for:
+            for name in own_names:
+                starts[i, name] = sizes.get((buffer, name), 0)
+                sizes[buffer, name] = starts[i, name] + self.parameters[i].data.size
+        flat: dict[tuple[object, str], Array] = {}
+        for i, buffer, own_names in arranged_for:
+            parameter, before, self.arrays[i] = self.parameters[i], self.arrays[i], {}
+            for name in own_names:
+                if (buffer, name) not in flat:
+                    flat[buffer, name] = np.empty(sizes[buffer, name], parameter.dtype)
+                view = flat[buffer, name][starts[i, name] :][: parameter.data.size]
+                view[...] = before[name] if name in before else initial(i, name)
+                self.arrays[i][name] = view
+                self._places[i, name] = (flat[buffer, name], starts[i, name])
+        self._arranged_for = arranged_for
+
+    def replace(self, arrays: list[dict[str, Array]]) -> None:
+        """Other values, which are arranged before the next use."""
+        self.arrays, self._arranged_for, self._places = arrays, None, {}
+
+    def along(self, stretch: Sequence[int], names: Sequence[str]) -> dict[str, Array]:
+        """The state of parameters that lie side by side, as one array for each name."""
+        size = sum(self.parameters[i].data.size for i in stretch)
+        places = {name: self._places[stretch[0], name] for name in names}
+        return {name: flat[start : start + size] for name, (flat, start) in places.items()}
+
+    def _check_sizes(self) -> None:
+        for i, (parameter, arrays) in enumerate(zip(self.parameters, self.arrays, strict=True)):
+            for name, array in arrays.items():
+                if array.size != parameter.data.size:
+                    raise ValueError(
+                        f"parameter {i} has shape {parameter.shape} now, but {name} for {array.size} values; "
+                        "shapes must not change under an optimizer"
+                    )
+
+
+def give_buffers(parameters: Sequence[Parameter]) -> None:
+    """Put parameters that are in no flat buffer into one."""
+    homeless = [parameter for parameter in parameters if parameter.buffer is None]
+    if homeless:
+        shared_buffer(homeless)
+
+
+def memory_order(parameters: Sequence[Parameter]) -> list[int]:
+    """The numbers of `parameters` in the order in which they lie in their buffers."""
+    buffers: dict[object, int] = {}
+    numbers = [buffers.setdefault(parameter.buffer, len(buffers)) for parameter in parameters]
+    return sorted(range(len(parameters)), key=lambda i: (numbers[i], *_span(parameters[i])))
+
+
+def stretches(parameters: Sequence[Parameter], order: Sequence[int], kinds: Sequence[Hashable]) -> list[list[int]]:
+    """`order` cut where memory is not contiguous or the kind changes."""
+    found: list[list[int]] = []
+    for i in order:
+        last = found[-1][-1] if found else None
+        if last is not None and kinds[last] == kinds[i] and _side_by_side(parameters[last], parameters[i]):
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def flat_views(parameters: Sequence[Parameter], stretch: Sequence[int]) -> tuple[Array, Array]:
+    """Values and gradients of parameters that lie side by side, `(size,)` each."""
+    buffer = parameters[stretch[0]].buffer
+    assert isinstance(buffer, FlatBuffer)
+    whole = slice(_span(parameters[stretch[0]])[0], _span(parameters[stretch[-1]])[1])
+    return buffer.data[whole], buffer.grad[whole]
+
+
+def chunks_of(
+    data: Array, grad: Array, state: dict[str, Array], scratch: Array, parts: Sequence[tuple[int, float]]
+) -> list[Chunk]:
+    """A stretch in pieces of at most the length of `scratch`, (2, length).
+
+    `parts` are the sizes of the parameters in it, each with its weight decay.
+    """
+    ends = list(accumulate(size for size, _ in parts))
+    made: list[Chunk] = []
+    for piece in pieces(data.size, scratch.shape[1]):
+        views = (
+            data[piece],
+            grad[piece],
+            scratch[0, : piece.stop - piece.start],
+            scratch[1, : piece.stop - piece.start],
+        )
+        segments: list[Segment] = []
+        number, start = bisect_right(ends, piece.start), piece.start
+        while start < piece.stop:
+            weight_decay = parts[number][1]
+            while number + 1 < len(parts) and parts[number + 1][1] == weight_decay:
+                number += 1
+            stop = min(ends[number], piece.stop)
+            inside = slice(start - piece.start, stop - piece.start)
+            data_part, grad_part, first, second = (view[inside] for view in views)
+            segments.append(Segment(data_part, grad_part, first, second, weight_decay))
+            number, start = number + 1, stop
+        decays = any(segment.weight_decay for segment in segments)
+        stored = {name: array[piece] for name, array in state.items()}
+        made.append(Chunk(views[0], views[1], stored, (views[2], views[3]), segments if decays else []))
+    return made
+
+
+def pieces(size: int, length: int) -> Iterator[slice]:
+    """0 to `size` in slices of `length`."""
+    for start in range(0, size, length):
+        yield slice(start, min(start + length, size))
+
+
+def _span(parameter: Parameter) -> tuple[int, int]:
+    assert isinstance(parameter.buffer, FlatBuffer)
+    return parameter.buffer.span(parameter)
+
+
+def _side_by_side(first: Parameter, second: Parameter) -> bool:
+    return first.buffer is second.buffer and _span(first)[1] == _span(second)[0]

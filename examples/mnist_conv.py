@@ -1,0 +1,74 @@
+"""MNIST with the convolutional networks of chapter 6 of Nielsen's "Neural Networks and Deep Learning".
+
+    distprop run -n 2 examples/mnist_conv.py                 two convolutions, ReLU: at least 99.23 % on the test set
+    distprop run -n 2 examples/mnist_conv.py --expanded      moved and turned images, dropout: at least 99.6 %
+
+Nielsen reports 99.23 % and 99.60 % after 60 and 40 epochs of plain SGD; momentum and a learning rate that falls along a
+cosine need fewer.
+"""
+
+import argparse
+import math
+
+import numpy as np
+
+import distprop as dp
+from distprop import data, nn, optim
+from distprop import functional as F
+
+
+def network(expanded: bool) -> nn.Sequential:
+    """Two 5x5 convolutions with pooling, then 100 units; with `expanded` 1,000 and 1,000 units and dropout."""
+    features = [
+        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(20, 40, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Flatten(),
+    ]  # fmt: skip
+    if not expanded:
+        return nn.Sequential(*features, nn.Linear(640, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(
+        *features,
+        nn.Linear(640, 1000), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(1000, 1000), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(1000, 10),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expanded", action="store_true", help="augmented images, a larger network with dropout")
+    parser.add_argument("--root", help="folder with the four IDX files")
+    parser.add_argument("--epochs", type=int, help="15, or 40 with --expanded")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of the global batch, over all ranks")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--limit", type=int, help="use only the first so many training images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", help="folder for metrics.jsonl")
+    args = parser.parse_args()
+
+    train_set, test_set = (
+        data.ArrayDataset(part.x.reshape(-1, 1, 28, 28), part.y) for part in data.load_mnist(args.root)
+    )
+    if args.limit:
+        train_set = train_set.take(np.arange(args.limit))
+    examples = train_set
+    if args.expanded:
+        transforms = [data.RandomRotation(10), data.RandomShift(2)]
+        examples = data.Augmented(train_set, transforms, seed=args.seed)
+    epochs = args.epochs or (40 if args.expanded else 15)
+    dp.manual_seed(args.seed)
+    model = network(args.expanded)
+    steps = epochs * math.ceil(len(train_set) / args.batch_size)
+    lr = optim.schedule.warmup(optim.schedule.cosine(args.lr, steps), max(1, steps // 20))
+    optimizer = optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    trainer = dp.Trainer(
+        model, F.cross_entropy, optimizer, batch_size=args.batch_size, seed=args.seed, run_dir=args.run_dir
+    )
+    trainer.fit(examples, epochs=epochs, validation=test_set)
+    result = trainer.evaluate(test_set)
+    if trainer.comm.rank == 0:
+        print(f"{result['accuracy']:.2%} of {len(test_set):,} test images are right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A run that was interrupted goes on as if nothing had happened, on any number of ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distprop as dp
+from distprop import checkpoint, nn, optim
+from distprop import functional as F
+from distprop.checkpoint import CheckpointError
+from distprop.comm import SoloCommunicator, run_threads
+
+ROWS = 50
+
+
+def dataset() -> dp.data.ArrayDataset:
+    rng = np.random.default_rng(0)
+    return dp.data.ArrayDataset(rng.normal(size=(ROWS, 6)).astype(np.float32), rng.integers(0, 3, ROWS))
+
+
+def make_trainer(comm: dp.comm.Communicator, run_dir: Path, **options) -> dp.Trainer:
+    dp.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    optimizer = optim.SGD(model.parameters(), lr=optim.schedule.cosine(0.2, 40), momentum=0.9)
+    options = {"batch_size": 8, "seed": 3, "deterministic": True, "checkpoint_every": 5, "progress": False} | options
+    return dp.Trainer(model, F.cross_entropy, optimizer, comm=comm, run_dir=run_dir, **options)
+
+
+def parameters(trainer: dp.Trainer) -> bytes:
+    return b"".join(array.tobytes() for array in trainer.model.state_dict().values())
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """The metrics without the times, which differ."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+
+
+class Interruption(Exception):  # noqa: N818 - it is no error
+    pass
+
+
+def interrupt_at(step: int):
+    def callback(result: dp.StepResult) -> None:
+        if result.step == step:
+            raise Interruption
+
+    return callback
+
+
+def interrupted_and_resumed(run_dir: Path, ranks_before: int, ranks_after: int, at: int) -> bytes:
+    """Interrupt a run of 4 epochs (28 steps) after step `at`, and resume it."""
+
+    def before(comm: dp.comm.Communicator) -> None:
+        trainer = make_trainer(comm, run_dir, callbacks=[interrupt_at(at)])
+        try:
+            trainer.fit(dataset(), epochs=4, validation=dataset())
+        finally:
+            if trainer._writer is not None:
+                trainer._writer.wait()
+
+    def after(comm: dp.comm.Communicator) -> bytes:
+        trainer = make_trainer(comm, run_dir, resume=True)
+        assert trainer.step == at // 5 * 5 or trainer.step % 7 == 0  # every 5 steps, and at the end of an epoch if best
+        trainer.fit(dataset(), epochs=4, validation=dataset())
+        assert trainer.step == 28
+        return parameters(trainer)
+
+    with pytest.raises(Interruption):
+        run_threads(ranks_before, before)
+    results = run_threads(ranks_after, after)
+    assert len(set(results)) == 1
+    return results[0]
+
+
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (2, 3), (3, 1), (1, 4)])
+@pytest.mark.parametrize("at", [6, 17, 27])
+def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(
+    ranks_before: int, ranks_after: int, at: int, tmp_path: Path
+) -> None:
+    whole = make_trainer(SoloCommunicator(), tmp_path / "whole")
+    whole.fit(dataset(), epochs=4, validation=dataset())
+    found = interrupted_and_resumed(tmp_path / "parts", ranks_before, ranks_after, at)
+    assert found == parameters(whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    newest = [checkpoint.newest(tmp_path / part / "checkpoints", pytest.fail) for part in ("whole", "parts")]
+    assert newest[0].state == newest[1].state
+    for part in ("model", "optimizer"):
+        for name, array in newest[0].tensors[part].items():
+            assert array.tobytes() == newest[1].tensors[part][name].tobytes()
+
+
+def test_every_example_is_seen_once_an_epoch_across_an_interruption(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watched:
+        def __len__(self) -> int:
+            return ROWS
+
+        def __getitem__(self, indices):
+            seen.extend(indices.tolist())
+            return dataset()[indices]
+
+    trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=1, callbacks=[interrupt_at(4)])
+    with pytest.raises(Interruption):
+        trainer.fit(Watched(), epochs=1)
+    trainer._writer.wait()
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    last = resumed.step  # the callback raised before step 4 was written
+    assert last == 3
+    del seen[last * 8 :]
+    resumed.fit(Watched(), epochs=1)
+    assert sorted(seen) == list(range(ROWS))
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=12)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert resumed.step == 10
+    message = capsys.readouterr().err
+    assert str(newest / "model.safetensors") in message
+    assert "SHA-256" in message
+
+
+def test_if_all_are_damaged_nothing_is_started_over(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=12)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"all 3 checkpoints in .* are damaged"):
+        make_trainer(SoloCommunicator(), tmp_path, resume=True)
+
+
+def test_a_new_run_does_not_write_into_the_folder_of_another(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=3)
+    with pytest.raises(ValueError, match="holds checkpoints of another run; pass resume=True"):
+        make_trainer(SoloCommunicator(), tmp_path)
+
+
+def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
+    trainer = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert trainer.step == 0
+    trainer.fit(dataset(), steps=2)
+    assert trainer.step == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", 4), ("batch_size", 10), ("shards", 4), ("accumulate", 2)])
+def test_resuming_with_other_settings_is_refused(option: str, value: int, tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=3)
+    with pytest.raises(ValueError, match=rf"{option} was \d+, is {value}"):
+        make_trainer(SoloCommunicator(), tmp_path, resume=True, **{option: value})
+
+
+def test_a_completed_run_is_not_trained_further_by_resuming(tmp_path: Path) -> None:
+    first = make_trainer(SoloCommunicator(), tmp_path)
+    first.fit(dataset(), epochs=2)
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert resumed.fit(dataset(), epochs=2) == []
+    assert parameters(resumed) == parameters(first)
+    resumed.fit(dataset(), epochs=1)  # a further call is a further epoch
+    assert resumed.epoch == 3
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3)
+    results = trainer.fit(dataset(), epochs=6, validation=dataset())
+    losses = [result.validation["loss"] for result in results]
+    best_step = 7 * (1 + int(np.argmin(losses)))
+    assert f"step-{best_step:09d}" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import distprop as dp
+from test_resume import dataset, make_trainer
+
+slow = lambda result: time.sleep(0.05)
+trainer = make_trainer(dp.world(), Path(sys.argv[1]), resume=True, checkpoint_every=2, callbacks=[slow])
+print("from step", trainer.step, flush=True)
+trainer.fit(dataset(), epochs=4, validation=dataset())
+"""
+
+
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (2, 1), (1, 3)])
+def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: int, tmp_path: Path) -> None:
+    """Real processes, killed by SIGKILL in the middle of training and of writing."""
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    run_dir = tmp_path / "run"
+
+    def command(ranks: int) -> list[str]:
+        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "distprop", "run", "-n", str(ranks)]
+        return [*start, str(script), str(run_dir)]
+
+    job = subprocess.Popen(command(ranks_before), start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(run_dir.glob("checkpoints/step-*"))) < 3:
+        assert job.poll() is None, "the job ended by itself"
+        assert time.monotonic() < deadline, "no checkpoint was written in 60 s"
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait(20)
+    answer = subprocess.run(command(ranks_after), capture_output=True, text=True, timeout=100, check=True)
+    assert int(answer.stdout.split()[2]) >= 4
+
+    whole = make_trainer(SoloCommunicator(), tmp_path / "whole")
+    whole.fit(dataset(), epochs=4, validation=dataset())
+    found = checkpoint.newest(run_dir / "checkpoints", pytest.fail)
+    assert found.step == 28
+    for name, array in whole.model.state_dict().items():
+        assert array.tobytes() == found.tensors["model"][name].tobytes()
+    assert lines(run_dir) == lines(tmp_path / "whole")
