@@ -113,6 +113,22 @@ def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int
         click.echo(show(times, widths, batch_size, shards, comm.size))
 
 
+@bench.command()
+@click.argument("names", nargs=-1)
+@click.option("--repeats", default=15, show_default=True, type=click.IntRange(1))
+def ops(names: tuple[str, ...], repeats: int) -> None:
+    """Time every operation (or those whose name contains one of NAMES) beside PyTorch's, on one thread, in ms."""
+    import threadpoolctl
+
+    from distprop.bench.ops import HEADER, bench_ops, show
+    from distprop.bench.step import blas_description
+
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    click.echo(f"BLAS: {blas_description()}\n{HEADER}")
+    for times in bench_ops(names, repeats):
+        click.echo(show(times))
+
+
 def _widths(sizes: str) -> list[int]:
     try:
         widths = [int(width) for width in sizes.split(",")]

@@ -24,7 +24,7 @@ from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.nn.module import Module
 from distprop.running import RunningStatistics
-from distprop.tape import Array, gradients_needed
+from distprop.tape import Array, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
 
 
@@ -129,7 +129,8 @@ class DataParallel:
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
 
-        The loss need not come from this model, or from anything: a rank without data passes a constant and 0.
+        The loss need not come from this model, or from anything: a rank without data passes a constant and 0. But a
+        model whose operations are collectives, such as `SyncBatchNorm`, is called with an empty batch there.
         """
         if examples < 0:
             raise ValueError(f"examples must be 0 or more, got {examples}")
@@ -144,6 +145,8 @@ class DataParallel:
             weight = self._begin(examples)
             if weight and loss.requires_grad:
                 loss.backward(np.full(loss.shape, weight))
+            elif loss.node is not None:
+                take_part(loss.node)
             self._end(weight)
 
     @contextmanager

@@ -3,10 +3,10 @@
     python examples/lstm_text.py --text input.txt
     distprop run -n 2 examples/lstm_text.py --text input.txt
 
-The text (tiny Shakespeare, 1.1 MB) is read from --text or $DISTPROP_DATA/tinyshakespeare/input.txt; the first 90 % train,
-the rest validates. A window starts with no memory and gradients go back to its beginning; when text is written, the
-state goes on from character to character. After Andrej Karpathy, "The unreasonable effectiveness of recurrent neural
-networks", 2015.
+The text (tiny Shakespeare, 1.1 MB) is read from --text or $DISTPROP_DATA/tinyshakespeare/input.txt; the first 90 %
+train, the rest validates. A window starts with no memory and gradients go back to its beginning; when text is written,
+the state goes on from character to character. After Andrej Karpathy, "The unreasonable effectiveness of recurrent
+neural networks", 2015.
 """
 
 import argparse

@@ -37,8 +37,8 @@ def default_recipe(args: argparse.Namespace) -> tuple[dp.Trainer, data.ArrayData
 def nielsen_recipe(args: argparse.Namespace) -> tuple[dp.Trainer, data.ArrayDataset, data.ArrayDataset, int]:
     """Sigmoid units throughout, so the cross-entropy is summed over ten separate outputs."""
     everything, _ = data.load_mnist(args.root)
-    count = args.limit or 50_000
-    train_set, validation = everything.take(np.arange(count)), everything.take(np.arange(50_000, len(everything)))
+    cut = len(everything) * 5 // 6  # 50,000
+    train_set, validation = everything.take(np.arange(args.limit or cut)), everything.take(slice(cut, None))
     epochs, batch_size, eta, lmbda = args.epochs or 60, args.batch_size or 10, 0.1, 5.0
     model = nn.Sequential(nn.Linear(784, 100), nn.Sigmoid(), nn.Linear(100, 10))
     for layer in (model[0], model[2]):

@@ -19,6 +19,7 @@ from distprop import data, nn
 from distprop import functional as F
 
 WIDTH = 30
+LENGTHS = (1, 5, 10, 20, 40)  # steps of the recurrent network
 
 
 class Residual(nn.Module):
@@ -66,11 +67,12 @@ def learning_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.C
 
 
 def through_time(scale: float, steps: int) -> float:
-    """‖∂L/∂h₀‖ of a recurrent network whose weight has spectral radius about `scale`, after `steps` steps."""
-    rnn = nn.RNN(WIDTH, WIDTH, nonlinearity="relu", batch_first=True)
+    """‖∂L/∂h₀‖ after `steps` steps of a tanh network near 0 whose recurrent weight scales every vector by `scale`."""
+    rnn = nn.RNN(WIDTH, WIDTH, batch_first=True)
     nn.init.orthogonal_(rnn.weight_hh_l0, gain=scale)
     nn.init.zeros_(rnn.bias_hh_l0)
-    h0 = dp.tensor(np.full((1, 1, WIDTH), 0.1, np.float32), requires_grad=True)
+    nn.init.zeros_(rnn.bias_ih_l0)
+    h0 = dp.tensor(np.full((1, 1, WIDTH), 1e-9, np.float32), requires_grad=True)
     output, _ = rnn(np.zeros((1, steps, WIDTH), np.float32), h0)
     output[:, -1].sum().backward()
     return float(np.linalg.norm(h0.grad))
@@ -85,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder with MNIST's four IDX files")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--figure", help="file to draw the table into, .svg or .png (needs matplotlib)")
+    parser.add_argument("--figure", default="vanishing.svg", help="what to draw the tables into: .svg or .png")
     args = parser.parse_args()
 
     comm = dp.world()
@@ -99,7 +101,7 @@ def main() -> None:
     say(comm, "Vanishing: ‖mean bias gradient‖ of each hidden layer, the first one first")
     for hidden in (1, 2, 3, 4):
         dp.manual_seed(1)
-        show(f"{hidden} hidden layers, sigmoid", network(hidden))
+        show(f"{hidden} hidden, sigmoid", network(hidden))
     remedies = {
         "4, sigmoid, Xavier": {"init": nn.init.xavier_normal_},
         "4, ReLU, Kaiming": {"activation": nn.ReLU, "init": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")},
@@ -114,35 +116,44 @@ def main() -> None:
         show(name, network(4, **options))
 
     say(comm, "\nExploding: ‖∂L/∂h₀‖ of a recurrent network after so many steps")
-    lengths = (1, 5, 10, 20, 40)
-    say(comm, f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in lengths))
+    say(comm, f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in LENGTHS))
     for scale in (0.8, 1.0, 1.5):
         dp.manual_seed(1)
-        norms = [through_time(scale, steps) for steps in lengths]
+        norms = [through_time(scale, steps) for steps in LENGTHS]
         curves[f"recurrent, scale {scale}"] = norms
         say(comm, f"{scale:<42}" + "  ".join(f"{norm:7.3g}" for norm in norms))
     clipped = [min(norm, 1.0) for norm in curves["recurrent, scale 1.5"]]
     say(comm, f"{'1.5, clipped to norm 1':<42}" + "  ".join(f"{norm:7.3g}" for norm in clipped))
-    if args.figure and comm.rank == 0:
+    if comm.rank == 0:
         draw(curves, args.figure)
 
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print('no figure: install matplotlib with pip install "distprop[plots]"')
+        return
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for name, values in curves.items():
         axes = right if name.startswith("recurrent") else left
-        axes.semilogy(range(1, len(values) + 1), values, marker="o", label=name)
-    left.set(title="Learning speed of each hidden layer", xlabel="hidden layer", ylabel="‖mean bias gradient‖")
-    right.set(title="Gradient through time", xlabel="1, 5, 10, 20 and 40 steps", ylabel="‖∂L/∂h₀‖")
+        places = LENGTHS if axes is right else range(1, len(values) + 1)
+        axes.semilogy(places, values, marker="o", label=name)
+    left.set(
+        title="Learning speed of each hidden layer",
+        xlabel="hidden layer",
+        xticks=(1, 2, 3, 4),
+        ylabel="‖mean bias gradient‖",
+    )
+    right.set(title="Gradient through time", xlabel="steps back", ylabel="‖∂L/∂h₀‖")
     for axes in (left, right):
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     figure.savefig(path)
+    print(f"\ndrawn into {path}")
 
 
 if __name__ == "__main__":

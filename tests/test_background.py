@@ -153,6 +153,19 @@ def test_a_loader_serves_the_same_batches_at_the_same_places(size, prefetch):
         assert epochs(prefetch, rank) == epochs(0, rank)
 
 
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_loader_loads_in_the_background_only_if_asked_to(prefetch):
+    threads = []
+
+    class Watched(ArrayDataset):
+        def __getitem__(self, indices):
+            threads.append(threading.current_thread() is threading.main_thread())
+            return super().__getitem__(indices)
+
+    assert len(list(Loader(Watched(np.arange(6)), batch_size=2, prefetch=prefetch))) == 3
+    assert threads == [prefetch == 0] * 3
+
+
 def test_a_loader_raises_what_its_dataset_raises():
     class Broken(ArrayDataset):
         def __getitem__(self, indices):

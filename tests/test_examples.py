@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mnist_files import mnist_contents
@@ -18,6 +19,20 @@ CASES = [
     ("digits.py", ["--epochs", "4"], r"[89]\d\.\d\d% of the 360 held-out digits are right"),
     ("single_process.py", ["--epochs", "2"], r"dc/da = 9, dc/db = 2\n.*finite differences\nepoch 2: loss"),
     ("custom_loop.py", ["--epochs", "3"], r"epoch 3: [89]\d\.\d\d% of the held-out"),
+    ("mnist_conv.py", ["--epochs", "1", "--limit", "100"], r"% of 60 test images are right"),
+    ("mnist_conv.py", ["--epochs", "1", "--limit", "100", "--expanded"], r"% of 60 test images are right"),
+    (
+        "char_gpt.py",
+        ["--steps", "4", "--context", "16", "--sample", "20"],
+        r"validation loss \d\.\d{4} over",
+    ),
+    (
+        "lstm_text.py",
+        ["--steps", "4", "--window", "16", "--sample", "20"],
+        r"validation loss \d\.\d{4} over",
+    ),
+    ("resnet_cifar.py", ["--epochs", "1", "--batch-size", "25"], r"% of 10 test images are right"),
+    ("vanishing.py", ["--images", "100"], r"4 hidden, sigmoid .*\n(.*\n)+.*clipped to norm 1"),
     ("mnist.py", ["--epochs", "1"], r"% of 60 held-out images are right"),
     ("mnist.py", ["--recipe", "nielsen", "--epochs", "1", "--limit", "100"], r"% of \d+ held-out images are right"),
 ]
@@ -29,10 +44,18 @@ def test_every_example_is_among_the_cases() -> None:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Examples find a small stand-in for MNIST; its images are noise, of MNIST's shape."""
+    """Examples find small stand-ins: noise in MNIST's and CIFAR's format, and a text of a few thousand characters."""
     folder = tmp_path_factory.mktemp("data")
+    (folder / "tinyshakespeare").mkdir()
+    (folder / "tinyshakespeare" / "input.txt").write_text("To be, or not to be: that is the question.\n" * 100)
+    (folder / "cifar10").mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+        records = rng.integers(0, 256, (10, 3073), np.uint8)
+        records[:, 0] %= 10
+        (folder / "cifar10" / name).write_bytes(records.tobytes())
     (folder / "mnist").mkdir()
-    for name, content in mnist_contents(train=50_040, test=60).items():
+    for name, content in mnist_contents(train=1200, test=60).items():
         (folder / "mnist" / name).write_bytes(content)
     return {**os.environ, "DISTPROP_DATA": str(folder), "OPENBLAS_NUM_THREADS": "1"}
 

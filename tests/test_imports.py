@@ -14,9 +14,9 @@ PACKAGE = Path(distprop.__file__).parent
 
 # From the bottom up, as DESIGN.md draws it. A module may import its own floor and those above it in this list.
 FLOORS = [
-    {"random", "tape", "tensor", "functional", "testing"},
+    {"random", "tape", "tensor", "functional", "testing", "comm"},
     {"nn", "buffer"},
-    {"optim", "comm", "data"},
+    {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
     {"metrics", "progress", "train"},

@@ -354,6 +354,11 @@ LSTM = {"batch_first": True, "num_layers": 2}
             r"x of shape \(2, 0, 3\); it needs \(batch, steps, input\).* at least one step",
         ),
         (
+            lambda: nn.GRU(3, 4, batch_first=True)(np.zeros((0, 3))),
+            ValueError,
+            r"got x of shape \(0, 3\); it needs \(batch",
+        ),
+        (
             lambda: nn.GRU(3, 4, **LSTM)(np.zeros((2, 5, 3)), np.zeros((2, 5, 4))),
             ValueError,
             r"a state h of shape \(2, 5, 4\); it needs \(2, 2, 4\): layers × directions, batch, hidden",

@@ -20,6 +20,7 @@ from distprop.functional.activation import (
 )
 from distprop.functional.attention import scaled_dot_product_attention
 from distprop.functional.batch_norm import batch_norm
+from distprop.functional.conv import conv1d, conv2d, conv_transpose2d
 from distprop.functional.dropout import dropout
 from distprop.functional.embedding import embedding, take
 from distprop.functional.join import concatenate, pad, split, stack, where
@@ -33,12 +34,18 @@ from distprop.functional.loss import (
     nll_loss,
 )
 from distprop.functional.norm import group_norm, layer_norm, rms_norm
+from distprop.functional.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from distprop.functional.recurrent import gru, lstm, rnn
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
     "batch_norm",
     "binary_cross_entropy_with_logits",
     "concatenate",
+    "conv1d",
+    "conv2d",
+    "conv_transpose2d",
     "cross_entropy",
     "dropout",
     "elu",
@@ -53,6 +60,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "lstm",
+    "max_pool2d",
     "mse_loss",
     "nll_loss",
     "pad",

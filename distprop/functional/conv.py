@@ -54,7 +54,7 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`conv2d` along one axis: x `(batch, channels, length)`, w `(out, channels/groups, kernel)`, y `(batch, out, ·)`."""
+    """`conv2d` along one axis: x is `(batch, channels, length)`, w `(out, channels/groups, kernel)`, b `(out,)`."""
     return _convolution("conv1d", input, weight, bias, stride, padding, dilation, groups, 1)
 
 

@@ -8,6 +8,7 @@ from distprop.functional.check import floating
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
+_BLOCK = 32768  # numbers
 _OFTEN = 8  # rows a number, on average, from which on one sum a number is faster than adding pairs
 
 
@@ -62,16 +63,31 @@ def take(input: Operand, indices: Operand, dim: int | None = None) -> Tensor:
     count = x.data.size if axis is None else x.shape[axis]
     check_indices("take", index, count, negative=True)
     wrapped = np.where(index < 0, index + count, index).astype(np.intp)
-    front = (count,) if axis is None else (count, *x.shape[:axis], *x.shape[axis + 1 :])
 
     def vjp(grad: Array, out: Out) -> list[Array]:
-        if axis is not None:  # the taken axes to the front
-            grad = np.moveaxis(grad, range(axis, axis + index.ndim), range(index.ndim))
-        dx = np.empty(front, x.dtype)
-        add_rows(wrapped.reshape(-1), grad.reshape(wrapped.size, dx[:1].size), dx.reshape(count, dx[:1].size))
-        return [dx.reshape(x.shape) if axis is None else np.moveaxis(dx, 0, axis)]
+        if not index.size:
+            return [np.zeros(x.shape, x.dtype)]
+        if axis is None or axis == x.ndim - 1:
+            dx = np.empty(x.shape, x.dtype)
+            _add_entries(wrapped.reshape(-1), grad.reshape(-1, index.size), dx.reshape(-1, count))
+            return [dx]
+        dx = np.empty((count, *x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+        rows = np.moveaxis(grad, range(axis, axis + index.ndim), range(index.ndim))
+        add_rows(wrapped.reshape(-1), rows.reshape(index.size, dx.size // count), dx.reshape(count, dx.size // count))
+        return [np.moveaxis(dx, 0, axis)]
 
     return record(x.data.take(wrapped, axis=axis), (x,), vjp)
+
+
+def _add_entries(numbers: Array, rows: Array, out: Array) -> None:
+    """out[r, i] = Σ of the entries of row r whose number is i, in blocks of rows that stay in the cache."""
+    count = out.shape[1]
+    step = max(1, _BLOCK // max(len(numbers), count))
+    places = (np.arange(min(step, len(rows)))[:, None] * count + numbers).reshape(-1)
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        sums = np.bincount(places[: block.size], block.reshape(-1), len(block) * count)
+        out[start : start + step] = sums.reshape(len(block), count)
 
 
 def add_rows(numbers: Array, rows: Array, out: Array) -> None:

@@ -25,11 +25,15 @@ def pair(operation: str, name: str, value: int | Sequence[int | None], least: in
         given: Sequence[Any] = value if isinstance(value, Sequence) else (value,)
         numbers = tuple(operator.index(number) for number in given)
     except TypeError:
-        raise TypeError(f"{operation}: {name} must be an integer or {axes} of them, got {value!r}") from None
+        raise TypeError(
+            f"{operation}: {name} must be one integer{' or two' if axes == 2 else ''}, got {value!r}"
+        ) from None
     if len(numbers) == 1:
         numbers *= axes
     if len(numbers) != axes or min(numbers) < least:
-        raise ValueError(f"{operation}: {name} must be {least} or more, one integer or {axes}, got {value!r}")
+        raise ValueError(
+            f"{operation}: {name} must be one integer{' or two' if axes == 2 else ''}, {least} or more, got {value!r}"
+        )
     return (numbers[0], numbers[1]) if axes == 2 else (least, numbers[0])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from distprop.functional.activation import log_softmax_of
 from distprop.functional.check import class_indices, floating
+from distprop.functional.pointwise import in_pieces
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record, stable_sigmoid
 
@@ -82,9 +83,19 @@ def nll_loss(
     if x.ndim < 2:
         raise ValueError(f"nll_loss needs log probabilities of shape (batch, classes), got {x.shape}")
     _check_labels("nll_loss", x, y, ignore_index)
-    weights = None if weight is None else _class_weights(weight, x.shape[1], x.dtype)
-    q, count = _label_distribution(x, y, weights, ignore_index, 0.0)
-    return _reduced(x, _expected(q, x.data), lambda g: np.expand_dims(g, 1) * -q, reduction, count)
+    counted = y != ignore_index
+    at_label = (np.expand_dims(np.where(counted, y, 0), 1), 1)
+    w = counted.astype(x.dtype)
+    if weight is not None:
+        w *= _class_weights(weight, x.shape[1], x.dtype)[at_label[0].squeeze(1)]
+    chosen = np.take_along_axis(x.data, *at_label).squeeze(1)
+
+    def derivative(g: Array) -> Array:
+        d = np.zeros_like(x.data)
+        np.put_along_axis(d, at_label[0], np.expand_dims(g * -w, 1), 1)
+        return d
+
+    return _reduced(x, -np.where(w != 0, w * chosen, 0), derivative, reduction, float(w.sum()))
 
 
 def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
@@ -106,7 +117,8 @@ def huber_loss(input: Operand, target: Operand, reduction: Reduction = "mean", d
         raise ValueError(f"huber_loss needs delta > 0, got {delta}")
 
     def value(d: Array) -> Array:
-        return np.where(np.abs(d) <= delta, 0.5 * d * d, delta * (np.abs(d) - 0.5 * delta))
+        clipped = np.clip(d, -delta, delta)
+        return clipped * (d - 0.5 * clipped)
 
     return _difference("huber_loss", input, target, reduction, value, lambda d: np.clip(d, -delta, delta))
 
@@ -125,14 +137,17 @@ def binary_cross_entropy_with_logits(
     x, y = _pair("binary_cross_entropy_with_logits", input, target)
     w = np.asarray(1 if weight is None else as_tensor(weight).data, x.dtype)
     positive = y * np.asarray(1 if pos_weight is None else as_tensor(pos_weight).data, x.dtype)
-    log_p, log_not_p = -np.logaddexp(0, -x.data), -np.logaddexp(0, x.data)
-    losses = -w * (positive * log_p + (1 - y) * log_not_p)
+    inputs = (x.data, y, *np.broadcast_arrays(w, positive, x.data)[:2])
 
-    def derivative(g: Array) -> Array:
-        s = stable_sigmoid(x.data)
+    def value(x: Array, y: Array, w: Array, positive: Array) -> Array:
+        minus_log_p = np.maximum(-x, 0) + np.log1p(np.exp(-np.abs(x)))  # −log σ(x); −log(1 − σ(x)) is x more
+        return w * (positive * minus_log_p + (1 - y) * (x + minus_log_p))
+
+    def derivative(g: Array, x: Array, y: Array, w: Array, positive: Array) -> Array:
+        s = stable_sigmoid(x)
         return g * (w * ((1 - y) * s - positive * (1 - s)))
 
-    return _reduced(x, losses.astype(x.dtype), derivative, reduction, x.data.size)
+    return _reduced(x, in_pieces(value, *inputs), lambda g: in_pieces(derivative, g, *inputs), reduction, x.data.size)
 
 
 def _cross_entropy_of_labels(x: Tensor, labels: Array, reduction: Reduction) -> Tensor:

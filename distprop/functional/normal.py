@@ -1,7 +1,8 @@
 """The distribution function of the standard normal, which NumPy lacks and GELU needs.
 
 erfc(z) = t e^(−z² + P(t)) for z ≥ 0, with t = 2/(2 + z), which maps [0, ∞) to (0, 1]; P is a Chebyshev series whose
-coefficients were computed with 40 digits. 28 terms give float64's precision, 12 give float32's.
+coefficients were computed with 40 digits; 28 terms give float64's precision. For float32 a polynomial inside a tanh,
+which NumPy computes fast, is as good as the usual x (1 + erf)/2. Call it with pieces that fit the cache: `pointwise`.
 """
 
 from __future__ import annotations
@@ -42,31 +43,51 @@ _CHEBYSHEV = (
     1.2102371892242790e-16,
     -2.8166630877471770e-17,
 )
-_CHUNK = 16384  # elements: the five arrays of the recurrence stay in the second-level cache
+# h(x)/x as a polynomial in x², for |x| ≤ 6, where Φ(x) = (1 + tanh h(x))/2: fitted so that the error in x Φ(x) is even.
+_TANH = (
+    0.7978848814964294,
+    0.036333467811346054,
+    -3.3204320061486214e-05,
+    -5.4917480156291276e-05,
+    3.845777882816037e-06,
+    -1.1343200867486303e-07,
+    1.9777901538731157e-10,
+    6.320127060588376e-11,
+    -9.801973685844012e-13,
+)
 
 
 def normal_cdf(x: Array) -> Array:
-    """Φ(x) = erfc(−x/√2)/2, with small relative error in the lower tail too."""
-    result = np.empty(x.shape, x.dtype)
-    flat, values = np.ascontiguousarray(x).reshape(-1), result.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        values[start : start + _CHUNK] = _chunk_cdf(flat[start : start + _CHUNK])
-    return result
+    """Φ(x) = erfc(−x/√2)/2: to float64's precision, and for float32 with an absolute error of 10⁻⁷."""
+    return _with_tanh(x) if x.dtype.itemsize <= 4 else _with_erfc(x)
 
 
-def _chunk_cdf(x: Array) -> Array:
-    z = np.abs(x) * np.asarray(math.sqrt(0.5), x.dtype)
+def _with_tanh(x: Array) -> Array:
+    squared = np.minimum(x * x, 36)
+    h = np.full_like(squared, _TANH[-1])
+    for coefficient in _TANH[-2::-1]:
+        h *= squared
+        h += coefficient
+    h *= x
+    np.tanh(h, out=h)
+    h += 1
+    h *= 0.5
+    return h
+
+
+def _with_erfc(x: Array) -> Array:
+    z = np.abs(x) * math.sqrt(0.5)
     t = 2 / (2 + z)
-    tail = 0.5 * t * np.exp(_series(2 * t - 1, 12 if x.dtype.itemsize <= 4 else 28) - z * z)  # Φ(−|x|)
+    tail = 0.5 * t * np.exp(_series(2 * t - 1) - z * z)  # Φ(−|x|)
     return np.where(x < 0, tail, 1 - tail)
 
 
-def _series(u: Array, terms: int) -> Array:
+def _series(u: Array) -> Array:
     """Σ' c_j T_j(u) by Clenshaw's recurrence, in place; the prime halves c_0."""
     twice, older, newer, spare = 2 * u, np.zeros_like(u), np.zeros_like(u), np.empty_like(u)
-    for c in _CHEBYSHEV[terms - 1 : 0 : -1]:
+    for c in _CHEBYSHEV[:0:-1]:
         np.multiply(twice, newer, out=spare)
         spare -= older
-        spare += u.dtype.type(c)
+        spare += c
         older, newer, spare = newer, spare, older
-    return u * newer - older + u.dtype.type(0.5 * _CHEBYSHEV[0])
+    return u * newer - older + 0.5 * _CHEBYSHEV[0]

@@ -17,7 +17,7 @@ from distprop.functional.windows import Block, Pair, Where, Window, channels_las
 from distprop.tape import Array, Out, gradients_needed
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
-BLOCK_BYTES = 1 << 17  # of outputs: with the pixels of the windows and what is between, less than 512 KiB
+BLOCK_BYTES = 1 << 18  # of outputs: with the pixels of the windows and what is between, less than 512 KiB
 
 Share: TypeAlias = Callable[[Where, int, Array | None], Array]
 
@@ -191,10 +191,8 @@ def _spread(shape: tuple[int, ...], dtype: np.dtype[Any], window: Window, share:
             else:
                 met += share(block.where, number, None)
         for start, part in parts.items():
-            if apart:
+            if phases is not parts:
                 _copy(phases[start], part)
-            elif phases is not parts:
-                part += phases[start]
     return dx
 
 

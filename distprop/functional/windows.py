@@ -112,7 +112,10 @@ class Block:
 
 
 def gather(images: Array, window: Window, positions: int, border: float = 0.0) -> Iterator[Block]:
-    """Each block with its pixels: a view of `images` if there is no border, else a copy, overwritten by the next one."""
+    """Each block with its pixels: a view of `images` if there is no border, else a copy that the next one overwrites.
+
+    The border's pixels are `border`.
+    """
     shared: Array | None = None
     for where, part, source, target in _walk(images.shape, window, positions):
         if target is None:
@@ -132,19 +135,25 @@ def gather(images: Array, window: Window, positions: int, border: float = 0.0) -
 
 
 def scatter(images: Array, window: Window, positions: int) -> Iterator[Block]:
-    """The adjoint of `gather`: what is added to a block's pixels is added to `images`; the border is dropped."""
+    """The adjoint of `gather`, with `images` of zeros: each block's pixels are zeros, and what they are when the next
+    block is asked for is added to `images`, without the border.
+    """
     shared: Array | None = None
     for where, part, source, target in _walk(images.shape, window, positions):
-        if target is None:
+        alone = part is window or window.extent[0] <= window.stride[0]  # no other block meets these pixels
+        if target is None and alone:
             yield Block(where, part, images[source[0], source[1].start :])
             continue
-        count, rows = where[0].stop - where[0].start, part.reach[0]
+        down, across = target or (slice(None), slice(images.shape[2]))
         if shared is None:
-            shared = np.empty((count, *part.reach, images.shape[3]), images.dtype)
-        pixels = shared[:count, :rows]
+            shared = np.empty((where[0].stop - where[0].start, *part.reach, images.shape[3]), images.dtype)
+        pixels = shared[: where[0].stop - where[0].start, : part.reach[0]]
         pixels[...] = 0
         yield Block(where, part, pixels)
-        images[source] += pixels[:, target[0], target[1]]
+        if alone:
+            images[source] = pixels[:, down, across]
+        else:
+            images[source] += pixels[:, down, across]
 
 
 def patches(images: Array, window: Window, positions: int) -> Iterator[tuple[Where, Array]]:
