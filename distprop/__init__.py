@@ -17,6 +17,7 @@ from distprop.random import manual_seed
 from distprop.tape import no_grad
 from distprop.tensor import Parameter, Tensor, record, tensor
 from distprop.train import Trainer
+from distprop.weights import load_state, save_state
 
 __version__ = "0.1.0"
 
@@ -30,11 +31,13 @@ __all__ = [
     "comm",
     "data",
     "functional",
+    "load_state",
     "manual_seed",
     "nn",
     "no_grad",
     "optim",
     "record",
+    "save_state",
     "tensor",
     "testing",
     "world",

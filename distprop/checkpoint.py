@@ -65,7 +65,7 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
     try:
         partial.mkdir()
         files = {
-            f"{part}.safetensors": to_bytes({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+            f"{part}.safetensors": to_bytes({key: np.array(array, order="C") for key, array in arrays.items()})
             for part, arrays in checkpoint.tensors.items()
         }
         files["state.json"] = json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1).encode()

@@ -23,6 +23,7 @@ from distprop.comm import Communicator, world
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.nn.module import Module
+from distprop.nn.norm import SyncBatchNorm
 from distprop.running import RunningStatistics
 from distprop.tape import Array, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
@@ -80,6 +81,12 @@ class DataParallel:
         self._frozen = [parameter for _, parameter in named if not parameter.requires_grad]
         if not self._trained:
             raise ValueError(f"{type(module).__name__} has no parameter to train")
+        synchronised = [name for name, part in module.named_modules() if isinstance(part, SyncBatchNorm)]
+        if shards is not None and synchronised:
+            raise ValueError(
+                f"{synchronised[0]} is a SyncBatchNorm, which needs the whole global batch in one forward pass; "
+                "shards cut it into several. Use BatchNorm, or no shards"
+            )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
         self._buffer = FlatBuffer(self._trained, extra=self._statistics.size)
@@ -310,7 +317,7 @@ class DataParallel:
     def _broadcast(self) -> None:
         self.comm.broadcast(self._buffer.data)
         for array in [*(parameter.data for parameter in self._frozen), *self.module.buffers()]:
-            copy = np.ascontiguousarray(array)
+            copy = np.array(array, order="C")
             array[...] = self.comm.broadcast(copy)
 
 

@@ -25,6 +25,40 @@ class WithStatistics(nn.Module):
         return self.linear(x - self.running_mean)
 
 
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        Images(), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+class Images(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 1, 4, 4)
+
+
+def recurrent() -> nn.Module:
+    return nn.Sequential(Sequences(), Last(nn.LSTM(4, 8, 2, batch_first=True, dropout=0.2)), nn.Linear(8, 5))
+
+
+class Sequences(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 4, 4)
+
+
+class Last(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        self.rnn = rnn
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 16, dropout=0.1, batch_first=True)
+    return nn.Sequential(Sequences(), layer, nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 5))
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 5))
 
@@ -41,6 +75,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "dropout": with_dropout,
     "statistics": with_statistics,
+    "convolutional": convolutional,
+    "recurrent": recurrent,
+    "transformer": transformer,
+}
+
+OPTIMIZERS: dict[str, Callable] = {
+    "SGD": lambda model, lr: optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-3),
+    "Adam": lambda model, lr: optim.Adam(model.parameters(), lr),
+    "AdamW": lambda model, lr: optim.AdamW(optim.decay_groups(model, 0.01), lr),
+    "RMSprop": lambda model, lr: optim.RMSprop(model.parameters(), lr, momentum=0.9, centered=True),
+    "Adagrad": lambda model, lr: optim.Adagrad(model.parameters(), lr),
+    "LARS": lambda model, lr: optim.LARS(optim.decay_groups(model, 0.01, adapt=False), lr),
+    "LAMB": lambda model, lr: optim.LAMB(optim.decay_groups(model, 0.01, adapt=False), lr),
 }
 
 SETTINGS: dict[str, dict] = {
@@ -52,13 +99,13 @@ SETTINGS: dict[str, dict] = {
 }
 
 
-def fingerprint(comm: dp.comm.Communicator, model_name: str, setting: str) -> str:
+def fingerprint(comm: dp.comm.Communicator, model_name: str, setting: str, optimizer_name: str = "SGD") -> str:
     """Everything a run leaves behind, as one hash: parameters, buffers, optimizer state, metrics of every step."""
     rng = np.random.default_rng(0)
     dataset = dp.data.ArrayDataset(rng.normal(size=(90, 16)).astype(np.float32), rng.integers(0, 5, 90))
     dp.manual_seed(1)
     model = MODELS[model_name]()
-    optimizer = optim.SGD(model.parameters(), lr=optim.schedule.cosine(0.1, 12), momentum=0.9, weight_decay=1e-3)
+    optimizer = OPTIMIZERS[optimizer_name](model, optim.schedule.cosine(0.05, 12))
     steps = []
     trainer = dp.Trainer(
         model,

@@ -14,7 +14,7 @@ from distprop import checkpoint
 from distprop.checkpoint import Checkpoint, CheckpointError, Writer
 
 TENSORS = {
-    "model": {"0.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "steps": np.array([7])},
+    "model": {"0.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "steps": np.array(7)},
     "optimizer": {"momentum": np.linspace(0, 1, 5)},
 }
 
@@ -33,6 +33,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     for part, arrays in TENSORS.items():
         for name, array in arrays.items():
             assert found.tensors[part][name].dtype == array.dtype
+            assert found.tensors[part][name].shape == array.shape
             assert np.array_equal(found.tensors[part][name], array)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import distprop as dp
-from deterministic_suite import MODELS, SETTINGS, fingerprint
+from deterministic_suite import MODELS, OPTIMIZERS, SETTINGS, fingerprint
 from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import SoloCommunicator, run_threads
@@ -16,6 +16,13 @@ def test_a_run_leaves_the_same_bits_on_any_number_of_ranks(model: str, setting: 
     expected = fingerprint(SoloCommunicator(), model, setting)
     for ranks in (2, 3, 4, 5, 8, 11):
         assert set(run_threads(ranks, lambda comm: fingerprint(comm, model, setting))) == {expected}, ranks
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_leaves_the_same_bits(optimizer: str) -> None:
+    expected = fingerprint(SoloCommunicator(), "dropout", "clipped", optimizer)
+    for ranks in (2, 3, 8):
+        assert set(run_threads(ranks, lambda comm: fingerprint(comm, "dropout", "clipped", optimizer))) == {expected}
 
 
 def test_the_default_mode_does_round_differently() -> None:

@@ -17,7 +17,7 @@ from distprop import functional as F
 from distprop.checkpoint import CheckpointError
 from distprop.comm import SoloCommunicator, run_threads
 
-ROWS = 50
+ROWS = 56
 
 
 def dataset() -> dp.data.ArrayDataset:
@@ -27,9 +27,16 @@ def dataset() -> dp.data.ArrayDataset:
 
 def make_trainer(comm: dp.comm.Communicator, run_dir: Path, **options) -> dp.Trainer:
     dp.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
     optimizer = optim.SGD(model.parameters(), lr=optim.schedule.cosine(0.2, 40), momentum=0.9)
-    options = {"batch_size": 8, "seed": 3, "deterministic": True, "checkpoint_every": 5, "progress": False} | options
+    options = {
+        "batch_size": 8,
+        "shards": 2,
+        "seed": 3,
+        "deterministic": True,
+        "checkpoint_every": 5,
+        "progress": False,
+    } | options
     return dp.Trainer(model, F.cross_entropy, optimizer, comm=comm, run_dir=run_dir, **options)
 
 

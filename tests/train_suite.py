@@ -15,8 +15,8 @@ from distprop import manual_seed, nn, optim
 from distprop.comm import Communicator
 from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
-from distprop.tensor import Tensor
 from distprop.metrics import StepResult
+from distprop.tensor import Tensor
 from distprop.train import EVALUATION_ROWS, NonFiniteLossError, Trainer
 from scenario import Suite
 

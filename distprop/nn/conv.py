@@ -175,6 +175,6 @@ def _arguments(layer: Any, **defaults: tuple[int, ...]) -> str:
     text = f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, stride={layer.stride}"
     for name, default in defaults.items():
         if getattr(layer, name) != default:
-            text += f", {name}={getattr(layer, name)!r}"
+            text += f", {name}={getattr(layer, name)}"
     text += f", groups={layer.groups}" if layer.groups != 1 else ""
     return text + ("" if layer.bias is not None else ", bias=False")

@@ -11,7 +11,10 @@ from distprop.tensor import Operand, Tensor
 
 
 class MaxPool2d(Module):
-    """The largest pixel of each window; the stride is the kernel's size unless given."""
+    """The largest pixel of each window; the stride is the kernel's size unless given.
+
+    PyTorch's fifth argument, `return_indices`, does not exist here.
+    """
 
     def __init__(
         self,
@@ -19,6 +22,7 @@ class MaxPool2d(Module):
         stride: Size | None = None,
         padding: Size = 0,
         dilation: Size = 1,
+        *,
         ceil_mode: bool = False,
     ) -> None:
         self.kernel_size, self.padding, self.dilation, self.ceil_mode = kernel_size, padding, dilation, ceil_mode

@@ -1,0 +1,190 @@
+"""Pooling against finite differences and PyTorch: equal maxima, borders, blocks of every size, both memory orders."""
+
+import numpy as np
+import pytest
+
+from distprop import functional as F
+from distprop import nn
+from distprop.functional import pool
+from distprop.tape import no_grad
+from distprop.tensor import Tensor
+from distprop.testing import check_grads
+from test_conv import channels_last
+from test_functional import TOLERANCE, Case, Operation, assert_close, cotangent, frozen
+
+SHAPES = [((2, 3, 6, 8),), ((1, 1, 5, 7),), ((0, 2, 6, 6),), ((2, 1, 4, 4),)]
+WINDOWS = [
+    {"kernel_size": 2},
+    {"kernel_size": (2, 3)},
+    {"kernel_size": 3, "stride": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (4, 3), "stride": (1, 2), "padding": (2, 1)},
+    {"kernel_size": 1, "stride": 2},  # pixels that nobody sees
+    {"kernel_size": 2, "stride": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True},
+    {"kernel_size": (4, 4)},  # the image, for the last shape
+]
+OPERATIONS = [
+    Operation(
+        F.max_pool2d,
+        SHAPES,
+        [
+            *WINDOWS,
+            {"kernel_size": 2, "dilation": 2},
+            {"kernel_size": 3, "stride": (1, 2), "padding": 1, "dilation": (1, 2)},
+        ],
+    ),
+    Operation(
+        F.avg_pool2d,
+        SHAPES,
+        [
+            *WINDOWS,
+            *({**window, "count_include_pad": False} for window in WINDOWS if "padding" in window),
+            {"kernel_size": 2, "divisor_override": 3},
+            {"kernel_size": 3, "padding": 1, "divisor_override": -2},
+        ],
+    ),
+    Operation(
+        F.adaptive_avg_pool2d,
+        [*SHAPES, ((2, 3, 1, 1),)],
+        [{"output_size": size} for size in (1, 3, (2, 4), (None, 2), (5, None), (9, 10))],
+    ),
+]
+CASES = [Case(op, shapes, options) for op in OPERATIONS for shapes in op.shapes for options in op.options]
+
+
+@pytest.fixture(params=[1, 200, 1 << 18], ids="block {}".format)
+def block(request, monkeypatch):
+    monkeypatch.setattr(pool, "BLOCK_BYTES", request.param)
+
+
+def on_both(case, x, torch):
+    """((our value, our gradient), (PyTorch's value, its gradient))."""
+    function, options = case.operation.function, case.options
+    ours, theirs = Tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    value = function(ours, **options)
+    seed = cotangent(value.shape, str(x.dtype))
+    value.backward(seed)
+    expected = getattr(torch.nn.functional, function.__name__)(theirs, **options)
+    expected.backward(torch.tensor(seed))
+    assert np.moveaxis(value.data, 1, -1).flags.c_contiguous
+    return (value.data, ours.grad), (expected.detach().numpy(), theirs.grad.numpy())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_agree_with_finite_differences(case):
+    inputs, _, _ = case.arguments("float64")
+    check_grads(lambda *tensors: case.run(tensors), inputs, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_agree_with_pytorch_whatever_the_block(case, dtype, torch, block):
+    inputs, _, _ = case.arguments(dtype)
+    for x in (inputs[0], channels_last(inputs[0])):
+        for found, expected in zip(*on_both(case, x, torch), strict=True):
+            assert_close(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.operation.function is F.max_pool2d], ids=str)
+def test_among_equal_maxima_the_first_gets_the_whole_gradient_as_in_pytorch(case, torch, block):
+    for values in ([0.0], [-1.0, 0.0], [-2.0, -1.0, -3.0], [0.0, -0.0]):
+        x = frozen(np.random.default_rng(3).choice(values, case.shapes[0]))
+        for found, expected in zip(*on_both(case, x, torch), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("kernel", [16, 17])
+def test_a_window_of_more_pixels_than_a_byte_can_count(kernel, torch, rng):
+    case = Case(OPERATIONS[0], ((2, 3, 34, 34),), {"kernel_size": kernel})
+    x = np.zeros((2, 3, 34, 34))
+    x[:, :, kernel - 1 :: kernel, kernel - 1 :: kernel] = 1  # the last pixel of each window wins
+    for found, expected in zip(*on_both(case, x, torch), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 28, 28), (3, 64, 57, 56)])
+@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}])
+@pytest.mark.parametrize("operation", OPERATIONS[:2], ids=str)
+def test_sizes_of_real_networks(operation, window, shape, torch, rng):
+    x = rng.normal(size=shape).astype(np.float32)
+    for found, expected in zip(*on_both(Case(operation, (shape,), window), x, torch), strict=True):
+        assert_close(found, expected, TOLERANCE["float32"])
+
+
+def test_without_a_gradient_nothing_is_remembered_but_the_value_is_the_same(rng):
+    x = rng.normal(size=(2, 3, 6, 6))
+    expected = F.max_pool2d(Tensor(x, requires_grad=True), 3, 2, 1).data
+    with no_grad():
+        value = F.max_pool2d(Tensor(x, requires_grad=True), 3, 2, 1)
+    assert value.node is None
+    np.testing.assert_array_equal(value.data, expected)
+    np.testing.assert_array_equal(F.max_pool2d(x, 3, 2, 1).data, expected)
+
+
+@pytest.mark.parametrize("function", [F.max_pool2d, F.avg_pool2d])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kernel_size": 6}, ValueError, r"x of shape \(2, 3, 4, 5\).* 4 by 5, less than the 6 by 6 of the kernel"),
+        ({"kernel_size": (5, 1)}, ValueError, r"less than the 5 by 1"),
+        ({"kernel_size": 0}, ValueError, r"kernel_size must be one integer or two, 1 or more, got 0"),
+        ({"kernel_size": (2, 2, 2)}, ValueError, r"kernel_size must be .* got \(2, 2, 2\)"),
+        ({"kernel_size": 2, "stride": 0}, ValueError, r"stride must be .* got 0"),
+        ({"kernel_size": 2, "padding": -1}, ValueError, r"padding must be .* 0 or more, got -1"),
+        (
+            {"kernel_size": 3, "padding": 2},
+            ValueError,
+            r"half of the kernel at most, got padding 2 for kernel \(3, 3\)",
+        ),
+        ({"kernel_size": 2.0}, TypeError, r"kernel_size must be one integer or two, got 2.0"),
+    ],
+)
+def test_poolings_say_what_is_wrong(function, options, error, message):
+    with pytest.raises(error, match=f"{function.__name__}.*{message}"):
+        function(np.zeros((2, 3, 4, 5)), **options)
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)], ids=repr)
+def test_layers_refuse_what_is_not_a_batch_of_images(layer):
+    for shape in ((3, 4, 4), (2, 3, 4, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+        with pytest.raises(ValueError, match=r"got x of shape \(.*\); it must be \(batch, channels, height, width\)"):
+            layer(np.zeros(shape))
+    with pytest.raises(TypeError, match="int64; it needs floating point"):
+        layer(np.zeros((2, 3, 4, 4), np.int64))
+
+
+def test_the_rest_that_can_be_wrong():
+    x = np.zeros((2, 3, 4, 4))
+    with pytest.raises(ValueError, match="dilation must be"):
+        F.max_pool2d(x, 2, dilation=0)
+    with pytest.raises(ValueError, match="less than the 7 by 7 of the kernel"):
+        F.max_pool2d(x, 3, dilation=3)
+    with pytest.raises(ValueError, match="divisor_override must not be 0"):
+        F.avg_pool2d(x, 2, divisor_override=0)
+    with pytest.raises(ValueError, match="output_size must be one integer or two, 1 or more, got 0"):
+        F.adaptive_avg_pool2d(x, 0)
+    for size in ((1, 2, 3), (None,)):
+        with pytest.raises((ValueError, TypeError), match="output_size must be one integer or two"):
+            F.adaptive_avg_pool2d(x, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [
+        ("MaxPool2d", (3, 2, 1), {}),
+        ("MaxPool2d", (2,), {}),
+        ("MaxPool2d", ((2, 3), 2, 1, 2), {"ceil_mode": True}),
+        ("AvgPool2d", (3, 2, 1), {}),
+        ("AvgPool2d", (3, None, 1, True, False, 5), {}),
+        ("AdaptiveAvgPool2d", (1,), {}),
+        ("AdaptiveAvgPool2d", ((3, None),), {}),
+    ],
+)
+def test_layers_are_pytorchs(name, arguments, options, torch, rng):
+    ours, theirs = getattr(nn, name)(*arguments, **options), getattr(torch.nn, name)(*arguments, **options)
+    x = rng.normal(size=(2, 3, 8, 9)).astype(np.float32)
+    assert_close(ours(x).data, theirs(torch.tensor(x)).numpy(), TOLERANCE["float32"])
+    assert repr(ours) == repr(theirs)
+    assert list(ours.parameters()) == []
