@@ -10,7 +10,7 @@ import pytest
 
 import distprop.random
 
-pytest.register_assert_rewrite("communicator_suite", "parallel_suite", "split_invariance", "train_suite")
+pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_suite", "split_invariance", "train_suite")
 
 
 @pytest.fixture(autouse=True)

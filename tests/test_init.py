@@ -153,3 +153,31 @@ def test_mistakes_are_named():
         init.xavier_uniform_(empty(3))
     with pytest.raises(ValueError, match='mode must be "fan_in" or "fan_out", got \'fan\''):
         init.kaiming_normal_(empty((2, 2)), mode="fan")
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (30, 12), (12, 30), (8, 3, 2, 2), (1, 5), (5, 1)])
+def test_orthogonal_rows_or_columns_whichever_are_fewer(shape):
+    parameter = empty(shape, np.float64)
+    assert init.orthogonal_(parameter, gain=1.5) is parameter
+    matrix = parameter.data.reshape(shape[0], -1) / 1.5
+    product = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    np.testing.assert_allclose(product, np.eye(min(matrix.shape)), atol=1e-13)
+    assert init.orthogonal_(empty(shape)).dtype == np.float32
+
+
+def test_orthogonal_matrices_are_spread_evenly():
+    """Without the signs, the QR of LAPACK prefers one half: the diagonal would have a mean."""
+    manual_seed(5)
+    corner = [init.orthogonal_(empty((2, 2), np.float64)).data[0, 0] for _ in range(2000)]
+    assert abs(np.mean(corner)) < 0.06  # a standard deviation of 0.7/√2000 = 0.016
+    with pytest.raises(ValueError, match=r"two or more axes with entries, got shape \(3,\)"):
+        init.orthogonal_(empty(3))
+
+
+def test_lecun_keeps_the_variance_of_the_inputs():
+    bound = math.sqrt(3 / 200)
+    data = init.lecun_uniform_(empty(SHAPE)).data
+    assert 0.999 * bound < abs(data).max() <= bound * (1 + 1e-6)
+    assert data.std() == pytest.approx(1 / math.sqrt(200), rel=0.02)
+    assert init.lecun_normal_(empty(IMAGE)).data.std() == pytest.approx(1 / math.sqrt(500), rel=0.03)
+    assert abs(init.lecun_normal_(empty(SHAPE)).data).max() > 0.2  # not cut off, as a uniform one is at 0.12

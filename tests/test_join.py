@@ -162,13 +162,6 @@ def test_where_takes_numbers_in_the_other_ones_dtype():
     np.testing.assert_array_equal(F.where(np.array([True, False]), 1.0, 2.0).data, [1, 2])
 
 
-def test_where_keeps_what_is_not_chosen_out_of_the_gradient():
-    x = Tensor(np.array([0.0, 4.0]), requires_grad=True)
-    with np.errstate(divide="ignore"):
-        F.where(x.data > 0, x.log(), 0.0).sum().backward(np.array(1.0))
-    assert x.grad[1] == 0.25
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

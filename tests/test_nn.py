@@ -425,3 +425,53 @@ def test_a_small_network_learns_the_digits():
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     assert (model(x.reshape(len(x), -1)).argmax(1) == y).mean() > 0.9
+
+
+# ModuleList
+
+
+def test_a_module_list_is_pytorchs_list(torch):
+    ours = nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 4)])
+    theirs = torch.nn.ModuleList([torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)])
+    ours.append(nn.Linear(4, 5)).extend(nn.Linear(5, 5) for _ in range(2))
+    theirs.append(torch.nn.Linear(4, 5)).extend(torch.nn.Linear(5, 5) for _ in range(2))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert len(ours) == len(theirs) == 5
+    assert [layer.out_features for layer in ours[1:4]] == [layer.out_features for layer in theirs[1:4]]
+    assert isinstance(ours[1:4], nn.ModuleList)
+    assert list(ours[1:4].state_dict()) == list(theirs[1:4].state_dict())
+    assert ours[-1] is list(ours)[4]
+    replacement = nn.Linear(5, 7)
+    ours[-1] = replacement
+    assert ours[4] is replacement
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_a_module_list_inside_a_module_is_trained_and_saved_but_computes_nothing():
+    class Stack(Module):
+        def __init__(self):
+            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(12))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    stack = Stack()
+    assert [name for name, _ in stack.named_parameters()][-1] == "layers.11.bias"  # not sorted as text
+    stack(np.ones((1, 2), np.float32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in stack.parameters())
+    with pytest.raises(TypeError, match=r"ModuleList does not define forward"):
+        stack.layers(np.ones((1, 2)))
+
+
+def test_a_module_list_takes_modules_only():
+    layers = nn.ModuleList()
+    with pytest.raises(TypeError, match="got a function for number 0"):
+        layers.append(functional.relu)
+    with pytest.raises(IndexError):
+        layers[0] = nn.ReLU()
+    layers.append(nn.ReLU())
+    with pytest.raises(TypeError, match="got a int for number 0"):
+        layers[0] = 3
+    assert len(layers) == 1

@@ -111,7 +111,8 @@ def _exponentiate(scores: Array, allowed: Array | None, added: Array | None, nee
 
 def _bounded(q: Array, k: Array, factor: float) -> bool:
     """Whether all scores are within ±`_SAFE`, because no product is larger than that of the lengths."""
-    longest = [float(np.vecdot(x, x).max(initial=0)) for x in (q, k)]
+    with np.errstate(over="ignore"):
+        longest = [float(np.vecdot(x, x).max(initial=0)) for x in (q, k)]
     return abs(factor) * math.sqrt(longest[0]) * math.sqrt(longest[1]) <= _SAFE
 
 

@@ -227,7 +227,7 @@ def _met(phases: dict[Pair, Array], window: Window) -> Iterator[Array]:
 
 
 def _copy(source: Array, target: Array) -> None:
-    """`target[...] = source`, all channels of a pixel as one item: four times as fast for 32 of them."""
+    """`target[...] = source`, all channels of a pixel as one item: more than twice as fast for 32 of them."""
     item = np.dtype((np.void, source.shape[3] * source.itemsize))
     target.view(item)[...] = source.view(item)
 

@@ -32,6 +32,7 @@ class _BatchNorm(Module):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
         if num_features < 1:
@@ -39,7 +40,7 @@ class _BatchNorm(Module):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.weight = Parameter(np.ones(num_features, dtype)) if affine else None
-        self.bias = Parameter(np.zeros(num_features, dtype)) if affine else None
+        self.bias = Parameter(np.zeros(num_features, dtype)) if affine and bias else None
         self.running_mean = self.running_var = self.num_batches_tracked = None
         if track_running_stats:
             self.register_buffer("running_mean", np.zeros(num_features, dtype))
@@ -123,6 +124,7 @@ class SyncBatchNorm(_BatchNorm):
         affine: whether there are weight and bias.
         track_running_stats: whether running estimates are kept.
         comm: the ranks; `world()`, at the first use, by default.
+        bias: False for a weight without a bias.
         dtype: of the parameters.
     """
 
@@ -135,9 +137,10 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         comm: Communicator | None = None,
         *,
+        bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, dtype=dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, dtype=dtype)
         self.comm = comm
 
     def forward(self, x: Operand) -> Tensor:
@@ -230,13 +233,14 @@ class GroupNorm(Module):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
         if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNorm needs groups that divide the channels, got ({num_groups}, {num_channels})")
         self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
         self.weight = Parameter(np.ones(num_channels, dtype)) if affine else None
-        self.bias = Parameter(np.zeros(num_channels, dtype)) if affine else None
+        self.bias = Parameter(np.zeros(num_channels, dtype)) if affine and bias else None
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.group_norm`."""

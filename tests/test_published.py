@@ -1,0 +1,68 @@
+"""Figures of the literature that take seconds, on the real MNIST, where it is at hand ($DISTPROP_DATA/mnist)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MNIST = Path(os.environ.get("DISTPROP_DATA", "nowhere"), "mnist")
+
+pytestmark = pytest.mark.skipif(not MNIST.is_dir(), reason="$DISTPROP_DATA/mnist is not there")
+
+# Nielsen, chapter 5: the learning speed of each hidden layer of 30. He names no seed, so a factor of 2 either way.
+LEARNING_SPEEDS = {2: [0.066, 0.309], 3: [0.012, 0.060, 0.283], 4: [0.003, 0.017, 0.070, 0.285]}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What examples/vanishing.py prints on 1 and on 2 ranks; it must have drawn its figure too."""
+    folder = tmp_path_factory.mktemp("vanishing")
+    start = [sys.executable, *(["-m", "distprop", "run", "-n", "2"] if request.param == 2 else [])]
+    answer = subprocess.run(
+        [*start, str(ROOT / "examples" / "vanishing.py")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    pytest.importorskip("matplotlib")
+    assert (folder / "vanishing.svg").stat().st_size > 10_000
+    return answer.stdout
+
+
+def speeds(table: str, name: str) -> list[float]:
+    line = next(line for line in table.splitlines() if line.startswith(name))
+    return [float(number) for number in re.findall(r"\d+\.\d+", line.removeprefix(name))]
+
+
+@pytest.mark.parametrize("hidden", LEARNING_SPEEDS)
+def test_learning_speeds_are_those_of_chapter_5(table: str, hidden: int) -> None:
+    for found, published in zip(speeds(table, f"{hidden} hidden, sigmoid"), LEARNING_SPEEDS[hidden], strict=True):
+        assert published / 2 < found < published * 2
+
+
+@pytest.mark.parametrize("remedy", ["4, ReLU, Kaiming ", "4, sigmoid, short cuts"])
+def test_the_remedies_bring_the_first_layer_near_the_last(table: str, remedy: str) -> None:
+    without, with_it = speeds(table, "4 hidden, sigmoid"), speeds(table, remedy)
+    assert without[0] < without[-1] / 30
+    assert with_it[0] > with_it[-1] / 3
+
+
+def test_gradients_explode_through_time_and_clipping_bounds_them(table: str) -> None:
+    lines = table.splitlines()
+    norms = {
+        name: [float(n) for n in line.split()[1:]]
+        for line in lines
+        for name in ("0.8", "1.0", "1.5")
+        if line.startswith(f"{name} ")
+    }
+    for name, found in norms.items():
+        growth = found[-1] / found[0]  # 39 further steps, each scales by the name
+        assert growth == pytest.approx(float(name) ** 39, rel=0.05)
+    clipped = next(line for line in lines if line.startswith("1.5, clipped"))
+    assert max(float(number) for number in clipped.split()[-5:]) <= 1
