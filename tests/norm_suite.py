@@ -6,7 +6,6 @@ The one process is `BatchNorm` over the whole batches, without `DataParallel`.
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 
 from distprop import functional as F
 from distprop import manual_seed, nn, optim
@@ -171,12 +170,12 @@ def a_batch_without_examples_anywhere_changes_nothing(comm: Communicator) -> Non
 
 
 @suite.scenario()
-def one_value_a_channel_on_all_ranks_together_is_refused_by_all(comm: Communicator) -> None:
+def one_value_a_channel_on_all_ranks_together_says_nothing_of_a_variance(comm: Communicator) -> None:
     layer = SyncBatchNorm(3, comm=comm)
-    x = np.ones((1 if comm.rank == comm.size - 1 else 0, 3), np.float32)
-    with pytest.raises(ValueError, match="more than one value a channel"):
-        layer(x)
-    comm.barrier()
+    x = np.full((1 if comm.rank == comm.size - 1 else 0, 3), 7, np.float32)
+    np.testing.assert_array_equal(layer(x).data, np.zeros(x.shape))
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(3))
+    np.testing.assert_array_equal(layer.running_var, np.ones(3))
 
 
 @suite.scenario()

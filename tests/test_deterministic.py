@@ -65,6 +65,12 @@ def test_running_statistics_move_by_the_mean_over_all_examples(ranks: int) -> No
         assert batches == 8
 
 
+def test_layers_whose_statistics_are_those_of_the_ranks_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3, comm=SoloCommunicator()))
+    with pytest.raises(ValueError, match="1 is a SyncBatchNorm, whose statistics depend on the number of ranks"):
+        dp.DataParallel(model, shards=4)
+
+
 def test_a_shard_outside_its_mode_is_an_error() -> None:
     parallel = dp.DataParallel(nn.Linear(2, 1))
     with pytest.raises(RuntimeError, match="shards=n"):

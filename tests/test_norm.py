@@ -259,7 +259,6 @@ def test_a_mean_far_from_zero_costs_no_digits_of_the_variance():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: batch_norm(np.ones((1, 3))), ValueError, r"x of shape \(1, 3\): training needs more than one value"),
         (lambda: batch_norm(np.ones(3)), ValueError, r"\(batch, channels, ...\), got \(3,\)"),
         (
             lambda: batch_norm(np.ones((4, 3)), np.ones(4)),
@@ -319,12 +318,17 @@ def test_what_is_wrong_is_said(call, error, message):
         call()
 
 
-def test_nothing_has_changed_when_a_batch_of_one_value_is_refused():
+def test_a_single_value_a_channel_becomes_the_bias_and_leaves_the_estimates():
+    """A rank's share of the last batch may be one example; PyTorch raises."""
     layer = nn.BatchNorm1d(3)
-    with pytest.raises(ValueError, match="more than one value"):
-        layer(np.full((1, 3), 9, np.float32))
+    layer.bias.data = np.array([1.0, 2.0, 3.0])
+    x = Tensor(np.full((1, 3), 9, np.float32), requires_grad=True)
+    y = layer(x)
+    y.backward(np.array([[1.0, -2.0, 0.5]]))
+    np.testing.assert_array_equal(y.data, [[1.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(x.grad, np.zeros((1, 3)))
     np.testing.assert_array_equal(layer.running_mean, np.zeros(3))
-    assert layer.num_batches_tracked == 0
+    np.testing.assert_array_equal(layer.running_var, np.ones(3))
 
 
 @pytest.mark.parametrize(

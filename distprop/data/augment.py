@@ -68,7 +68,7 @@ class Augmented:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RandomCrop:
     """A window of `size` × `size` pixels, anywhere in the image after a border of `padding` zeros was put around it.
 
@@ -93,7 +93,7 @@ class RandomCrop:
         return _windows(padded, numbers, room, (self.size, self.size))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RandomShift:
     """The image moved by up to `pixels` whole pixels up or down and left or right; zeros come in from outside."""
 
@@ -111,7 +111,7 @@ class RandomShift:
         return _windows(padded, numbers, np.full(2, 2 * self.pixels), images.shape[2:])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RandomHorizontalFlip:
     """The image mirrored left to right, with probability `p`."""
 
@@ -128,7 +128,7 @@ class RandomHorizontalFlip:
         return np.where(numbers[:, :, None, None] < self.p, images[..., ::-1], images)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RandomRotation:
     """The image turned about its middle by an angle uniform on ±`degrees`; zeros come in from outside.
 

@@ -41,7 +41,8 @@ def batch_norm(
 
     When `training`, mean and var are those of the batch, var dividing by the count n. The running estimates, where they
     are given, are moved towards them in place by the share `momentum`, the variance dividing by n − 1 there. They stay
-    as they are if the batch is empty. Otherwise mean and var are the running estimates.
+    as they are if the channels have no value or one, which says nothing of a variance; PyTorch refuses one, but here a
+    rank's share of the last batch may be a single example. Otherwise mean and var are the running estimates.
 
     Derivative when training: dx = γ/√(var + ε) (g − ⟨g⟩ − x̂ ⟨g x̂⟩), ⟨ ⟩ being the mean over the n values of the
     channel; with the running estimates only its first term. dγ = Σ g x̂, dβ = Σ g.
@@ -56,8 +57,7 @@ def batch_norm(
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167.
 
     Raises:
-        ValueError: shapes that do not fit; one value a channel when training, whose variance would be 0; no running
-            estimates when not training.
+        ValueError: shapes that do not fit; no running estimates when not training.
         TypeError: the dtypes differ or are not floating point.
     """
     x = as_tensor(input)
@@ -70,10 +70,8 @@ def batch_norm(
         count, mean, squares = channels.moments(rows)
         if comm is not None:
             count, mean, squares = _combined(comm, count, mean, squares)
-        if count == 1:
-            raise ValueError(f"batch_norm got x of shape {x.shape}: training needs more than one value a channel")
         var = squares / max(count, 1)
-        if count and estimates:
+        if count > 1 and estimates:
             _move(estimates, (mean, squares / (count - 1)), momentum)
     else:
         comm, count, (mean, var) = None, 0, (estimate.astype(np.float64) for estimate in estimates)

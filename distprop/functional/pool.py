@@ -177,8 +177,8 @@ def _means(length: int, parts: int, dtype: np.dtype[Any]) -> Array:
 def _spread(shape: tuple[int, ...], dtype: np.dtype[Any], window: Window, share: Share) -> Array:
     """The adjoint: each element of the kernel adds `share(where, number, out=None)` to the pixels that it meets."""
     apart = all(extent <= stride for extent, stride in zip(window.extent, window.stride, strict=True))
-    complete = apart and window.extent == window.stride and window.reach == shape[1:3] and window.padding == (0, 0)
-    dx = (np.empty if complete else np.zeros)(shape, dtype)
+    tiled = window.kernel == window.extent == window.stride and window.padding == (0, 0) and window.reach == shape[1:3]
+    dx = (np.empty if tiled else np.zeros)(shape, dtype)
     for block in scatter(dx, window, _positions(dx)):
         parts = dict(_parts(block))
         if window.stride == (1, 1):
