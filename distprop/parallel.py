@@ -24,7 +24,6 @@ from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
-from distprop.nn.norm import SyncBatchNorm
 from distprop.running import RunningStatistics
 from distprop.tape import Array, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
@@ -94,7 +93,6 @@ class DataParallel:
         self.shards = shards
         self._tree: FixedTree | None = None
         if shards is not None:
-            _refuse_collective_layers(module)
             self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
         self._broadcast()
         self.verify()
@@ -355,15 +353,6 @@ def _mark(output: Any, forward_pass: _ForwardPass) -> bool:
         parts = []
     marked = [_mark(part, forward_pass) for part in parts]
     return any(marked)
-
-
-def _refuse_collective_layers(module: Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, SyncBatchNorm):
-            raise ValueError(
-                f"{name or 'the model'} is a SyncBatchNorm, whose statistics depend on the number of ranks; with shards, "
-                "that is in deterministic mode, use BatchNorm1d or BatchNorm2d: the statistics of a shard"
-            )
 
 
 def _leading_axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

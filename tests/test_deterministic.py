@@ -67,7 +67,9 @@ def test_running_statistics_move_by_the_mean_over_all_examples(ranks: int) -> No
 
 def test_layers_whose_statistics_are_those_of_the_ranks_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3, comm=SoloCommunicator()))
-    with pytest.raises(ValueError, match="1 is a SyncBatchNorm, whose statistics depend on the number of ranks"):
+    with pytest.raises(
+        ValueError, match="1 is a SyncBatchNorm, which needs the whole global batch in one forward pass"
+    ):
         dp.DataParallel(model, shards=4)
 
 

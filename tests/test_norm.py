@@ -321,7 +321,7 @@ def test_what_is_wrong_is_said(call, error, message):
 def test_a_single_value_a_channel_becomes_the_bias_and_leaves_the_estimates():
     """A rank's share of the last batch may be one example; PyTorch raises."""
     layer = nn.BatchNorm1d(3)
-    layer.bias.data = np.array([1.0, 2.0, 3.0])
+    layer.bias.data = np.array([1, 2, 3], np.float32)
     x = Tensor(np.full((1, 3), 9, np.float32), requires_grad=True)
     y = layer(x)
     y.backward(np.array([[1.0, -2.0, 0.5]]))
