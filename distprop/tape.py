@@ -115,18 +115,16 @@ def take_part(root: Node) -> None:
     An operation whose derivative is a collective, such as synchronised batch norm, sets its node's `absent`: what such
     a rank does in its place, so that the others do not wait for ever. The nodes come in the same order on all ranks.
     """
-    heap, seen = [(-root.number, root)], {root}
+    heap = [(-root.number, root)]
     while heap:
         node = heapq.heappop(heap)[1]
         inputs, absent = node.inputs, node.absent
-        node.vjp, node.inputs, node.absent = None, (), None
+        node.vjp, node.inputs, node.absent = None, (), None  # when it comes again, nothing is left to do
         if absent is not None:
             absent()
         for tensor in inputs:
-            source = tensor.node
-            if source is not None and source not in seen:
-                seen.add(source)
-                heapq.heappush(heap, (-source.number, source))
+            if tensor.node is not None:
+                heapq.heappush(heap, (-tensor.node.number, tensor.node))
 
 
 def _common_weight(passes: tuple[BackwardPass, ...]) -> float:

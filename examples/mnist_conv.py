@@ -38,9 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expanded", action="store_true", help="augmented images, a larger network with dropout")
     parser.add_argument("--root", help="folder with the four IDX files")
-    parser.add_argument("--epochs", type=int, help="15, or 40 with --expanded")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows of the global batch, over all ranks")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--epochs", type=int, help="15, or 20 with --expanded")
+    parser.add_argument("--batch-size", type=int, help="rows of the global batch: 64, or 128 with --expanded")
+    parser.add_argument("--lr", type=float, help="0.05, or 0.1 with --expanded")
     parser.add_argument("--limit", type=int, help="use only the first so many training images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", help="folder for metrics.jsonl")
@@ -55,15 +55,14 @@ def main() -> None:
     if args.expanded:
         transforms = [data.RandomRotation(10), data.RandomShift(2)]
         examples = data.Augmented(train_set, transforms, seed=args.seed)
-    epochs = args.epochs or (40 if args.expanded else 15)
+    epochs, batch_size, lr = (20, 128, 0.1) if args.expanded else (15, 64, 0.05)
+    epochs, batch_size, lr = args.epochs or epochs, args.batch_size or batch_size, args.lr or lr
     dp.manual_seed(args.seed)
     model = network(args.expanded)
-    steps = epochs * math.ceil(len(train_set) / args.batch_size)
-    lr = optim.schedule.warmup(optim.schedule.cosine(args.lr, steps), max(1, steps // 20))
-    optimizer = optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    trainer = dp.Trainer(
-        model, F.cross_entropy, optimizer, batch_size=args.batch_size, seed=args.seed, run_dir=args.run_dir
-    )
+    steps = epochs * math.ceil(len(train_set) / batch_size)
+    schedule = optim.schedule.warmup(optim.schedule.cosine(lr, steps), max(1, steps // 20))
+    optimizer = optim.SGD(model.parameters(), lr=schedule, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    trainer = dp.Trainer(model, F.cross_entropy, optimizer, batch_size=batch_size, seed=args.seed, run_dir=args.run_dir)
     trainer.fit(examples, epochs=epochs, validation=test_set)
     result = trainer.evaluate(test_set)
     if trainer.comm.rank == 0:

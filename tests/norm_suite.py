@@ -186,6 +186,18 @@ def evaluation_needs_no_other_rank(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def frozen_statistics_need_no_other_rank_in_the_backward_pass(comm: Communicator) -> None:
+    """Batch norm in `eval()` is often trained on; a rank without examples has nothing to join then."""
+    x, y = batch(7, 0)
+    model, expected = make(comm, 0).eval(), make(None, 0).eval()
+    mine = all_but_the_first(comm, len(x))
+    F.mse_loss(DataParallel(model, comm)(x[mine]), y[mine]).backward()
+    F.mse_loss(expected(x), y).backward()
+    for (name, ours), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        np.testing.assert_allclose(ours.grad, other.grad, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+@suite.scenario()
 def float32_is_as_exact_as_its_format(comm: Communicator) -> None:
     """A mean 1,000 standard deviations away from 0; sums of squares would have no correct digit left."""
     x = (np.random.default_rng(0).normal(size=(200, 4)) + 1000).astype(np.float32)

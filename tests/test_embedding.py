@@ -88,6 +88,12 @@ def test_rows_are_added_by_number(count, rows, skewed, dtype, rng):
     np.testing.assert_array_equal(values, before)
 
 
+def test_numbers_that_agree_in_their_last_16_bits_are_kept_apart():
+    out = np.empty((70_000, 1))
+    add_rows(np.array([1, 65_537, 1, 65_537]), np.array([[1.0], [2.0], [4.0], [8.0]]), out)
+    assert (out[1, 0], out[65_537, 0], out.sum()) == (5, 10, 15)
+
+
 def test_both_ways_of_adding_are_used(monkeypatch, rng):
     """Pairs of neighbours where numbers are rare, one sum a number where they are not."""
     calls = []
