@@ -531,10 +531,8 @@ class Parameter(Tensor):
 
 
 def stable_sigmoid(x: Array) -> Array:
-    """1 / (1 + e^−x) without overflow, and exact to rounding for very negative x too."""
-    e = np.exp(-np.abs(x))
-    value = 1 / (1 + e)
-    return np.where(x >= 0, value, e * value)
+    """1 / (1 + e^−x) without overflow, and exact to rounding for very negative x too: e^min(x, 0) / (1 + e^−|x|)."""
+    return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
 Derivative: TypeAlias = Callable[[Array], Array]

@@ -9,35 +9,39 @@ import numpy as np
 from distprop.functional.check import floating
 from distprop.functional.normal import normal_cdf
 from distprop.functional.pointwise import pointwise, rowwise
-from distprop.tape import Array
-from distprop.tensor import Operand, Tensor, as_tensor, stable_sigmoid
+from distprop.tape import Array, Out
+from distprop.tensor import Operand, Tensor, as_tensor, record, stable_sigmoid
 
 
 def relu(input: Operand) -> Tensor:
     """max(x, 0). Derivative: 1 where x > 0, else 0."""
-    return pointwise(
-        _float("relu", input),
-        lambda x: np.maximum(x, 0),
-        lambda g, x, y: g * (y > 0),
-    )
+    x = _float("relu", input)
+    value = np.maximum(x.data, 0)
+
+    def vjp(grad: Array, out: Out) -> list[Array]:
+        return [grad * (value > 0)]
+
+    return record(value, (x,), vjp)
 
 
 def leaky_relu(input: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, else a·x, with a = `negative_slope`. Derivative: 1 or a."""
-    return pointwise(
-        _float("leaky_relu", input),
-        lambda x: np.where(x > 0, x, x * negative_slope),
-        lambda g, x, y: np.where(x > 0, g, g * negative_slope),
-    )
+
+    def slope(x: Array) -> Array:
+        positive = (x > 0).astype(x.dtype)  # np.where takes ten times as long
+        return positive + (1 - positive) * negative_slope
+
+    return pointwise(_float("leaky_relu", input), lambda x: x * slope(x), lambda g, x, y: g * slope(x))
 
 
 def elu(input: Operand, alpha: float = 1.0) -> Tensor:
     """x where x > 0, else α(e^x − 1). Derivative: 1, or α e^x. Source: Clevert et al., 2015, arXiv:1511.07289."""
-    return pointwise(
-        _float("elu", input),
-        lambda x: np.maximum(x, 0) + alpha * np.expm1(np.minimum(x, 0)),
-        lambda g, x, y: np.where(x > 0, g, g * (y + alpha)),
-    )
+
+    def derivative(g: Array, x: Array, y: Array) -> Array:
+        positive = (x > 0).astype(x.dtype)
+        return g * (positive + (1 - positive) * (np.minimum(y, 0) + alpha))
+
+    return pointwise(_float("elu", input), lambda x: np.maximum(x, 0) + alpha * np.expm1(np.minimum(x, 0)), derivative)
 
 
 def gelu(input: Operand, approximate: str = "none") -> Tensor:
@@ -52,7 +56,7 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
         return pointwise(
             x,
             lambda x: x * normal_cdf(x),
-            lambda g, x, y: g * (normal_cdf(x) + x * np.exp(-0.5 * x * x) * density),
+            lambda g, x, y: g * (normal_cdf(x) + x * density * np.exp(-0.5 * x * x)),
         )
     if approximate != "tanh":
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
@@ -91,12 +95,13 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tens
 
     def value(x: Array) -> Array:
         scaled = beta * x
-        soft = (np.maximum(scaled, 0) + np.log1p(np.exp(-np.abs(scaled)))) / beta
-        return np.where(scaled > threshold, x, soft)
+        curve = np.log1p(np.exp(-np.abs(scaled)))  # what it is above max(βx, 0)
+        curve *= scaled <= threshold
+        return np.maximum(x, 0) + curve / beta
 
     def derivative(g: Array, x: Array, y: Array) -> Array:
         scaled = beta * x
-        return np.where(scaled > threshold, g, g * stable_sigmoid(scaled))
+        return g * np.maximum(stable_sigmoid(scaled), scaled > threshold)
 
     return pointwise(_float("softplus", input), value, derivative)
 
@@ -105,24 +110,28 @@ def softmax(input: Operand, dim: int = -1) -> Tensor:
     """p_i = e^(x_i) / Σ_j e^(x_j) along `dim`. Derivative: p (g − Σ_j g_j p_j)."""
 
     def value(x: Array) -> Array:
-        p = np.exp(x - x.max(axis=1, keepdims=True))
+        p = x - x.max(axis=1, keepdims=True)
+        np.exp(p, out=p)
         p /= p.sum(axis=1, keepdims=True)
         return p
 
     def derivative(g: Array, x: Array, p: Array) -> Array:
-        return p * (g - np.einsum("ij,ij->i", g, p)[:, None])
+        d = g - np.einsum("ij,ij->i", g, p)[:, None]
+        d *= p
+        return d
 
     return rowwise(_float("softmax", input), dim, value, derivative)
 
 
 def log_softmax(input: Operand, dim: int = -1) -> Tensor:
     """x − log Σ_j e^(x_j) along `dim`. Derivative: g − p Σ_j g_j, p being the softmax."""
-    return rowwise(
-        _float("log_softmax", input),
-        dim,
-        lambda x: log_softmax_of(x, 1),
-        lambda g, x, y: g - np.exp(y) * g.sum(axis=1, keepdims=True),
-    )
+
+    def derivative(g: Array, x: Array, y: Array) -> Array:
+        p = np.exp(y)
+        p *= g.sum(axis=1, keepdims=True)
+        return np.subtract(g, p, out=p)
+
+    return rowwise(_float("log_softmax", input), dim, lambda x: log_softmax_of(x, 1), derivative)
 
 
 def log_softmax_of(x: Array, dim: int) -> Array:

@@ -86,7 +86,8 @@ def batch_norm(
         if x.requires_grad and training:
             whole = sums if comm is None else comm.allreduce(sums.copy())
             whole = whole / max(count, 1)
-            gradients[0] = channels.restore(channels.centred(g, rows, slope, whole[0], mean, scale**2 * whole[1]))
+            along = scale**2 * whole[1]
+            gradients[0] = channels.restore(channels.centred(g, rows, slope, along, whole[0] - mean * along))
         elif x.requires_grad:
             gradients[0] = channels.restore(channels.affine(g, None, slope, None))
         for tensor, d in ((weight, sums[1] * scale), (bias, sums[0])):
@@ -191,19 +192,16 @@ class _Channels:
             totals[1] += self.sum(product)
         return totals
 
-    def centred(self, grad: Array, rows: Array, slope: Array, grad_mean: Array, mean: Array, along: Array) -> Array:
-        """(g − ⟨g⟩ − (x − mean) · along) · slope."""
-        result = np.empty_like(rows)
-        m, a, c, s = (self.pattern(numbers) for numbers in (mean, along, grad_mean, slope))
-        spare = np.empty_like(rows[: self.step])
+    def centred(self, grad: Array, rows: Array, slope: Array, along: Array, level: Array) -> Array:
+        """(g − rows · along − level) · slope."""
+        result, spare = np.empty_like(rows), np.empty_like(rows[: self.step])
+        a, c, s = (self.pattern(numbers) for numbers in (along, level, slope))
         for block in self.blocks(rows):
             g, x, y = grad[block], rows[block], result[block]
-            n = len(x)
-            normal = np.subtract(x, m[:n], out=spare[:n])
-            normal *= a[:n]
-            normal += c[:n]
+            normal = np.multiply(x, a[: len(x)], out=spare[: len(x)])
+            normal += c[: len(x)]
             np.subtract(g, normal, out=y)
-            y *= s[:n]
+            y *= s[: len(x)]
         return result
 
 

@@ -121,6 +121,8 @@ def adaptive_avg_pool2d(input: Operand, output_size: int | Sequence[int | None])
             size if length is None else length for length, size in zip(output_size, x.shape[2:], strict=True)
         ]
     rows, columns = pair("adaptive_avg_pool2d", "output_size", output_size, 1)
+    if rows == columns == 1:
+        return _mean_of_all(x)
     down, across = _means(height, rows, x.dtype), _means(width, columns, x.dtype)
     strips = down @ channels_last(x.data).reshape(n, height, width * channels)
     value = across @ strips.reshape(n * rows, width, channels)
@@ -131,6 +133,18 @@ def adaptive_avg_pool2d(input: Operand, output_size: int | Sequence[int | None])
         return [channels_second(dx.reshape(n, height, width, channels))]
 
     return record(channels_second(value.reshape(n, rows, columns, channels)), (x,), vjp)
+
+
+def _mean_of_all(x: Tensor) -> Tensor:
+    """The mean of each channel of each image, `(batch, channels, 1, 1)`; every pixel gets the same gradient."""
+    n, channels, height, width = x.shape
+    share = np.full((1, height * width), 1 / (height * width), x.dtype)
+    value = share @ channels_last(x.data).reshape(n, height * width, channels)
+
+    def vjp(grad: Array, out: Out) -> list[Array]:
+        return [np.broadcast_to(grad * share[0, 0], (n, channels, height, width))]
+
+    return record(channels_second(value[:, :, None]), (x,), vjp)
 
 
 def _largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
