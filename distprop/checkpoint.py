@@ -17,13 +17,15 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distprop.comm.base import Communicator
 from distprop.tape import Array
+
+if TYPE_CHECKING:
+    from pathlib import Path  # its import takes as long as that of a third of this package
 
 FORMAT = 1  # the layout of the folder; a newer one is refused
 _NAME = re.compile(r"step-(\d{9})")

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from distprop.tape import Array
 from distprop.tensor import Tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path  # its import takes as long as that of a third of this package
 
 METRICS = "metrics.jsonl"
 

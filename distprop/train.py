@@ -10,8 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +27,9 @@ from distprop.parallel import DataParallel
 from distprop.progress import Progress, show_progress
 from distprop.tape import Array, no_grad
 from distprop.tensor import Tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path  # its import takes as long as that of a third of this package
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Sequence[Array]
@@ -117,7 +119,7 @@ class Trainer:
             _limit_blas_to_one_thread()
         self.parallel = DataParallel(model, self.comm, shards=self.shards)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
-        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.run_dir = _path(run_dir) if run_dir is not None else None
         self.checkpoint_every = checkpoint_every
         self.callbacks = list(callbacks)
         self.step = 0  # updates made
@@ -371,6 +373,12 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
+
+
+def _path(name: str | Path) -> Path:
+    from pathlib import Path
+
+    return Path(name)
 
 
 def _warn(message: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +24,8 @@ def save_state(state: Mapping[str, Array], path: str | os.PathLike[str]) -> None
     Raises:
         OSError: the disk is full or read-only; a file of that name is untouched.
     """
+    from pathlib import Path
+
     from safetensors.numpy import save
 
     content = save({name: np.array(array, order="C") for name, array in state.items()})
@@ -44,6 +45,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Array]:
         WeightsError: the file is truncated, says something false about its offsets, or is no safetensors file.
         FileNotFoundError: there is none.
     """
+    from pathlib import Path
+
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

@@ -8,13 +8,15 @@ Source: Krizhevsky, "Learning multiple layers of features from tiny images", 200
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distprop.data.dataset import ArrayDataset
+
+if TYPE_CHECKING:
+    from pathlib import Path  # its import takes as long as that of a third of this package
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
@@ -53,6 +55,8 @@ def load_cifar100(
 
 def _folder(root: str | os.PathLike[str] | None, name: str, inner: str, files: list[str]) -> Path:
     """The folder that has all of `files`."""
+    from pathlib import Path
+
     if root is None:
         if not (data := os.environ.get("DISTPROP_DATA")):
             raise FileNotFoundError(f"load_{name} needs a root, or DISTPROP_DATA set to a folder with {name} in it")

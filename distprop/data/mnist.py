@@ -14,13 +14,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distprop.data.dataset import ArrayDataset
+
+if TYPE_CHECKING:
+    from pathlib import Path  # its import takes as long as that of a third of this package
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 STALL_SECONDS = 15.0  # a mirror that is silent for this long is given up
@@ -60,6 +62,8 @@ def load_mnist(
     Raises FileNotFoundError if files are missing and may not be downloaded, OSError if the download failed, ValueError
     if a file is damaged or is not MNIST (see `read_idx`).
     """
+    from pathlib import Path
+
     folders = _folders() if root is None else [Path(root).expanduser()]
     for folder in folders:
         found = _find(folder)
@@ -85,6 +89,8 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
     or truncated, the first bytes are not IDX, the dtype code is unknown, or the values are fewer or more than the
     header says.
     """
+    from pathlib import Path
+
     content = _uncompressed(Path(path))
     if len(content) < 4 or content[:2] != b"\0\0":
         raise ValueError(
@@ -145,6 +151,8 @@ def _read(found: dict[str, Path], part: str) -> ArrayDataset:
 
 def _folders() -> list[Path]:
     """Where to look when the caller names no folder. The last one is the cache, the only one that is written to."""
+    from pathlib import Path
+
     folders = []
     if data := os.environ.get("DISTPROP_DATA"):
         folders.append(Path(data).expanduser() / "mnist")
