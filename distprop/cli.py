@@ -57,8 +57,10 @@ def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | No
             return
         from distprop.job import train_from_config
 
-        train_from_config(loaded, Path("runs", config.stem), resume)
-    except (ConfigError, FileNotFoundError) as error:
+        # the file that a run has saved names its own folder
+        run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", config.stem)
+        train_from_config(loaded, run_dir, resume)
+    except (ConfigError, OSError) as error:
         raise Refusal(str(error)) from error
 
 

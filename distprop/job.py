@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from distprop import functional as F
@@ -137,10 +138,8 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
     if resume:
         if not saved.exists():
             raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}")
-        if load_config(saved) != config:
-            raise ConfigError(
-                f"{saved} says something else than the configuration that is to go on; resume with that file"
-            )
+        if different := _differences(load_config(saved), config):
+            raise ConfigError(f"cannot resume {run_dir} with other settings: {different}")
         return str(run_dir).encode()
     if config.train.run_dir is not None and saved.exists():
         raise ConfigError(f"train.run_dir: {run_dir} holds another run; --resume it, or name a new folder")
@@ -150,3 +149,17 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.toml")
     return str(run_dir).encode()
+
+
+def _differences(saved: Config, wanted: Config) -> str:
+    """The keys whose values differ, each with both values."""
+    pairs = zip(_flat(saved).items(), _flat(wanted).values(), strict=True)
+    return ", ".join(f"{key} is {there} there and {here} here" for (key, there), here in pairs if there != here)
+
+
+def _flat(config: Config) -> dict[str, object]:
+    return {
+        f"{section}.{key}": value
+        for section in config.__struct_fields__
+        for key, value in msgspec.structs.asdict(getattr(config, section)).items()
+    }

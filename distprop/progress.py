@@ -47,7 +47,7 @@ class PlainLines(Progress):
 
     def step(self, result: StepResult) -> None:
         """Speak up if the last line was long ago."""
-        self._rate.add(result.examples)
+        self._rate.add(result)
         if time.monotonic() - self._shown > self.EVERY_SECONDS:
             self._say(f"step {result.step}  {_numbers({'loss': result.loss, **result.metrics})}")
 
@@ -85,7 +85,7 @@ class LiveBar(Progress):
 
     def step(self, result: StepResult) -> None:
         """Move the bar; the numbers change five times a second at most."""
-        self._rate.add(result.examples)
+        self._rate.add(result)
         self._latest = result
         self._bar.advance(self._task)
         if time.monotonic() - self._drawn > 0.2:
@@ -117,22 +117,18 @@ def _on_terminal() -> bool:
 
 
 class _Rate:
-    """Samples a second since the first call of `value`, or since the one before."""
+    """Samples a second over all steps so far, without evaluation."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
         self._examples = 0
-        self._last = 0.0
+        self._seconds = 0.0
 
-    def add(self, examples: int) -> None:
-        self._examples += examples
+    def add(self, result: StepResult) -> None:
+        self._examples += result.examples
+        self._seconds += result.seconds
 
     def value(self) -> float:
-        elapsed = time.monotonic() - self._since
-        if self._examples and elapsed > (0.05 if self._last else 0):
-            self._last = self._examples / elapsed
-            self._since, self._examples = time.monotonic(), 0
-        return self._last
+        return self._examples / self._seconds if self._seconds else 0.0
 
 
 def _epoch_line(epoch: int, loss: float, metrics: Mapping[str, float], validation: Mapping[str, float]) -> str:

@@ -112,6 +112,7 @@ class Trainer:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         if run_dir is None and (checkpoint_every is not None or resume):
             raise ValueError("checkpoint_every and resume need a run_dir")
+        _check_optimizer(optimizer, model)
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.shards = shards if deterministic else None
@@ -311,7 +312,7 @@ class Trainer:
         if received["bad"]:
             who = f"rank {received['bad_rank']:.0f}" if received["bad"] == 1 else f"{received['bad']:.0f} ranks"
             raise NonFiniteLossError(
-                f"step {self.step + 1} (epoch {self.epoch}): the loss is not finite on {who} of {self.comm.size}; "
+                f"step {self.step + 1} (epoch {self.epoch + 1}): the loss is not finite on {who} of {self.comm.size}; "
                 "nothing was updated. Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data"
             )
 
@@ -327,6 +328,8 @@ class Trainer:
             )
         if found is not None:
             self._restore(found)
+            if self._progress and self.comm.rank == 0:
+                print(f"resuming {root.parent} at step {self.step}", flush=True)
             if self.comm.rank == 0 and self.run_dir is not None:
                 forget_after(self.run_dir, self.step)
         if self.checkpoint_every and self.comm.rank == 0:
@@ -373,6 +376,16 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
+
+
+def _check_optimizer(optimizer: Optimizer, model: Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(parameter) not in own for parameter in optimizer.parameters)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the optimizer's {len(optimizer.parameters)} parameters are not the model's; build the "
+            "optimizer from this model's parameters()"
+        )
 
 
 def _path(name: str | Path) -> Path:

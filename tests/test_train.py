@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+import distprop as dp
 import train_suite
 from distprop.comm import CollectiveError, SoloCommunicator, mpi, run_threads
 from distprop.train import NonFiniteLossError
@@ -97,7 +98,7 @@ FAILURES = {
         """,
     ),
     "a loss": (
-        "NonFiniteLossError: step 3 (epoch 0): the loss is not finite on rank 1 of 2; nothing was updated",
+        "NonFiniteLossError: step 3 (epoch 1): the loss is not finite on rank 1 of 2; nothing was updated",
         """
         x = np.ones((12, 4), np.float32)
         x[dp.data.loader.order(0, 0, 12)[10]] = np.nan  # the third of the last batch of four
@@ -157,3 +158,15 @@ def test_on_mpi_ranks_a_failure_ends_the_job_with_its_traceback(failure, tmp_pat
     assert "Traceback (most recent call last)" in job.stderr
     assert message in job.stderr
     assert "the end" not in job.stdout
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = dp.nn.Linear(2, 1), dp.nn.Linear(2, 1)
+    optimizer = dp.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="2 of the optimizer's 2 parameters are not the model's"):
+        dp.Trainer(model, dp.functional.mse_loss, optimizer, batch_size=1)
+
+
+def test_arrays_that_are_not_a_dataset_are_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"expected a dataset, got a tuple; wrap arrays in data\.ArrayDataset\(x, y\)"):
+        dp.data.Loader((np.zeros((3, 2)), np.zeros(3)), batch_size=1)

@@ -310,7 +310,7 @@ def a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(comm: Comm
                 trainer.fit(ArrayDataset(x, good), steps=4)
                 before = bits(model)
                 y[rows[share(batch, bad_rank, comm.size)][0]] = value
-                message = rf"step 5 \(epoch 1\): the loss is not finite on rank {bad_rank} of {comm.size}; nothing was"
+                message = rf"step 5 \(epoch 2\): the loss is not finite on rank {bad_rank} of {comm.size}; nothing was"
                 with np.errstate(all="ignore"), pytest.raises(NonFiniteLossError, match=message):
                     trainer.fit(ArrayDataset(x, y), epochs=5)
                 assert bits(model) == before

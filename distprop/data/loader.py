@@ -91,6 +91,10 @@ class Loader:
         shards: int | None = None,
         prefetch: int = 0,
     ) -> None:
+        if isinstance(dataset, tuple | list):
+            raise TypeError(
+                f"expected a dataset, got a {type(dataset).__name__}; wrap arrays in data.ArrayDataset(x, y)"
+            )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise TypeError(f"batch_size must be an integer, got {batch_size!r} of type {type(batch_size).__name__}")
         if batch_size < 1:

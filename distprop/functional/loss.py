@@ -55,7 +55,10 @@ def cross_entropy(
         q, count = _label_distribution(x, y, weights, ignore_index, label_smoothing)
     else:
         if y.shape != x.shape:
-            raise ValueError(f"cross_entropy got target probabilities of shape {y.shape} for scores of shape {x.shape}")
+            raise ValueError(
+                f"cross_entropy got target probabilities of shape {y.shape} for scores of shape {x.shape}; "
+                "floating-point targets are probabilities, class labels must be integers"
+            )
         q = (1 - label_smoothing) * y + label_smoothing / classes
         q, count = (q if weights is None else q * _along_classes(weights, x.ndim)).astype(x.dtype), x.data[:, 0].size
     log_p = log_softmax_of(x.data, 1)

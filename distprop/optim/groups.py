@@ -60,10 +60,15 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
         if unknown := set(group) - set(defaults) - {"params"}:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
         if not group["params"]:
-            raise ValueError("an optimizer needs at least one parameter (was the generator used up before?)")
+            raise ValueError(
+                "an optimizer needs at least one parameter "
+                "(a generator that was used up, or layers in a plain list instead of nn.ModuleList?)"
+            )
         for parameter in group["params"]:
             if not isinstance(parameter, Parameter):
-                raise TypeError(f"an optimizer takes parameters, got {type(parameter).__name__}")
+                raise TypeError(
+                    f"an optimizer takes parameters, got a {type(parameter).__name__}; pass model.parameters()"
+                )
             if id(parameter) in seen:
                 raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
             seen.add(id(parameter))
