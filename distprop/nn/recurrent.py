@@ -70,7 +70,7 @@ class _Recurrent(Module):
 
     def _one(self, x: Tensor, states: Sequence[Tensor], weights: list[Tensor], reverse: bool) -> tuple[Tensor, ...]:
         """One direction of one layer: its output, and its last states, each `(1, batch, hidden)`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define _one()")
 
     def _run(self, x: Operand, states: Sequence[Operand] | None) -> tuple[Tensor, list[Tensor]]:
         """The output, and the last state of every layer and direction for each of `state_names`."""
