@@ -6,21 +6,25 @@ into a fixed number of shards, and their messages are added in one binary tree o
     ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
 
 A rank holds a run of neighbouring shards and adds up the whole subtrees in it by itself. What is left of the tree spans
-ranks: each rank collects one slice of everybody's partial sums, finishes the tree for that slice, and the slices are
-gathered. MPI only carries numbers; every addition happens here, in an order that is the same for 1, 2, 3 or 64 ranks.
+ranks: each rank takes one slice of everybody's partial sums, finishes the tree for that slice, and the slices are
+gathered, in shared memory where all ranks have it. Whatever carries the numbers, every addition happens here, in an
+order that is the same for 1, 2, 3 or 64 ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop.comm.base import Communicator
+from distprop.comm.node import Node
 from distprop.data.loader import share
 from distprop.tape import Array
+
+_PIECE = 32768  # numbers that a slice is finished in at a time, to stay in the cache
 
 
 @dataclass
@@ -36,15 +40,18 @@ class FixedTree:
     """Adds the messages of `shards` shards, each of `length` numbers, held by the ranks of `comm`.
 
     Each rank calls `add` for each of its shards, `share(shards, rank, size)`, in order, and then all call `total`.
-    Memory: one message for each level of the tree that this rank holds, log2(shards) at the most.
+    Memory: one message for each level of the tree that a rank holds, log2(shards) + 1 at the most. Making one is
+    collective.
     """
 
     def __init__(self, comm: Communicator, shards: int, length: int, dtype: DTypeLike) -> None:
         self.comm, self.shards, self.length, self.dtype = comm, shards, length, np.dtype(dtype)
         self.mine = share(shards, comm.rank, comm.size)
         self._next = self.mine.start
-        self._partials: list[_Partial] = []
-        self._spare: list[Array] = []
+        self._held = [list(subtrees(share(shards, rank, comm.size))) for rank in range(comm.size)]
+        levels = max(_levels(share(shards, rank, comm.size)) for rank in range(comm.size))
+        self._memory = [comm.allocate(length, self.dtype) for _ in range(levels)]
+        self._partials: list[_Partial] = []  # the n-th lies in self._memory[n]
 
     def add(self, message: Array) -> None:
         """Take the next shard's `message`; it may be overwritten afterwards."""
@@ -55,29 +62,47 @@ class FixedTree:
             left.values += message
             left.size = 2
         else:
-            values = self._spare.pop() if self._spare else np.empty(self.length, self.dtype)
+            values = self._memory[len(self._partials)]
             values[:] = message
             self._partials.append(_Partial(self._next, 1, values))
         self._next += 1
-        self._spare += _join_siblings(self._partials)
+        _join_siblings(self._partials)
 
     def total(self, out: Array) -> None:
-        """Write the sum over all shards into `out`, on every rank. Collective."""
+        """Write the sum over all shards into `out`, on every rank. Collective; quickest if `out` is of `allocate`."""
         if self._next != self.mine.stop:
             raise RuntimeError(f"rank {self.comm.rank} has added {self._next - self.mine.start} of its shards only")
         my_slice = share(self.length, self.comm.rank, self.comm.size)
-        finished = self._finish(self._collect(my_slice))
-        out[my_slice] = finished
-        self._gather(out, my_slice)
-        self._spare += [partial.values for partial in self._partials]
+        node = self.comm.node
+        if node and node.size == self.comm.size and (outs := node.arrays(out)):
+            self._total_in_shared_memory(node, outs, my_slice)
+        else:
+            out[my_slice] = _finish(self._collect(my_slice))
+            self._gather(out, my_slice)
         self._partials.clear()
         self._next = self.mine.start
+
+    def _total_in_shared_memory(self, node: Node, outs: Sequence[Array], my_slice: slice) -> None:
+        """Finish my slice right where the others' partial sums lie, and write it to all of them."""
+        node.barrier()  # all partial sums are there
+        everywhere = [node.arrays(level) or () for level in self._memory]
+        held = [
+            _Partial(*subtree, everywhere[level][rank])
+            for rank, of_rank in enumerate(self._held)  # and so in the order of the shards
+            for level, subtree in enumerate(of_rank)
+        ]
+        for start in range(my_slice.start, my_slice.stop, _PIECE):
+            piece = slice(start, min(start + _PIECE, my_slice.stop))
+            finished = _finish([_Partial(p.start, p.size, p.values[piece]) for p in held])
+            for out in outs:
+                out[piece] = finished
+        node.barrier()  # all slices are there
 
     def _collect(self, my_slice: slice) -> list[_Partial]:
         """My slice of the partial sums of all ranks, in the order of the shards."""
         if self.comm.size == 1:
             return [_Partial(p.start, p.size, p.values) for p in self._partials]
-        held = [list(subtrees(share(self.shards, r, self.comm.size))) for r in range(self.comm.size)]
+        held = self._held
         width = my_slice.stop - my_slice.start
         slices = [share(self.length, r, self.comm.size) for r in range(self.comm.size)]
         collected: list[_Partial] = []
@@ -91,17 +116,6 @@ class FixedTree:
             self.comm.alltoall(mine, sends, arrived.reshape(-1), receives)
             collected += [_Partial(*held[r][turn], arrived[i]) for i, r in enumerate(senders)]
         return sorted(collected, key=lambda partial: partial.start)
-
-    def _finish(self, partials: list[_Partial]) -> Array:
-        """The rest of the tree. If `shards` is no power of two, the missing leaves on the right count as nothing."""
-        stack: list[_Partial] = []
-        for partial in partials:
-            stack.append(partial)
-            _join_siblings(stack)
-        while len(stack) > 1:
-            right = stack.pop()
-            stack[-1].values += right.values
-        return stack[0].values
 
     def _gather(self, out: Array, my_slice: slice) -> None:
         if self.comm.size > 1:
@@ -129,17 +143,31 @@ def subtrees(run: slice) -> Iterator[tuple[int, int]]:
         start += size
 
 
+def _levels(run: slice) -> int:
+    """How many partial sums are held at once while the shards of `run` arrive one by one."""
+    return max((len(list(subtrees(slice(run.start, stop)))) for stop in range(run.start + 1, run.stop + 1)), default=1)
+
+
+def _finish(partials: list[_Partial]) -> Array:
+    """The rest of the tree. If the shards are no power of two, the missing leaves on the right count as nothing."""
+    stack: list[_Partial] = []
+    for partial in partials:
+        stack.append(partial)
+        _join_siblings(stack)
+    while len(stack) > 1:
+        right = stack.pop()
+        stack[-1].values += right.values
+    return stack[0].values
+
+
 def _siblings(left: _Partial, start: int, size: int) -> bool:
     """Whether the subtree (start, size) is the right half of a node whose left half is `left`."""
     return left.size == size and left.start % (2 * size) == 0 and left.start + size == start
 
 
-def _join_siblings(stack: list[_Partial]) -> list[Array]:
-    """Add up the top of the stack as long as it is two halves of one node; returns the arrays that became free."""
-    freed = []
+def _join_siblings(stack: list[_Partial]) -> None:
+    """Add up the top of the stack as long as it is two halves of one node."""
     while len(stack) > 1 and _siblings(stack[-2], stack[-1].start, stack[-1].size):
         right = stack.pop()
         stack[-1].values += right.values
         stack[-1].size *= 2
-        freed.append(right.values)
-    return freed

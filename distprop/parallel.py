@@ -89,7 +89,7 @@ class DataParallel:
             )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
-        self._buffer = FlatBuffer(self._trained, extra=self._statistics.size)
+        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
         self.shards = shards
         self._tree: FixedTree | None = None
         if shards is not None:
@@ -214,7 +214,7 @@ class DataParallel:
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass that is about to start."""
         if not self._buffer.holds(self._trained):
-            self._buffer = FlatBuffer(self._trained, extra=self._statistics.size)
+            self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")

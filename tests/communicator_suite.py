@@ -38,14 +38,52 @@ def allreduce_of_a_slice_leaves_its_neighbours_alone(comm: Communicator) -> None
 
 
 @suite.scenario()
+def allocated_messages_are_zeros_and_sum_like_any_other(comm: Communicator) -> None:
+    for dtype in (np.float32, np.float64):
+        for length in (0, 1, 5, 17, 1000, 200_001):  # empty, shorter than the number of ranks, longer than a piece
+            message = comm.allocate(length, dtype)
+            assert (message.shape, message.dtype, message.any()) == ((length,), dtype, False)
+            for turn in range(3):
+                message[:] = np.arange(length) % 1000 + turn * comm.rank
+                assert comm.allreduce(message) is message
+                total = comm.size * (np.arange(length) % 1000) + turn * sum(range(comm.size))
+                np.testing.assert_array_equal(message, total.astype(dtype))
+
+
+@suite.scenario()
+def a_part_of_an_allocated_message_can_be_summed(comm: Communicator) -> None:
+    message = comm.allocate(10, np.float64)
+    message[:] = comm.rank + 1
+    comm.allreduce(message[3:6])
+    total = comm.size * (comm.size + 1) / 2
+    np.testing.assert_array_equal(message, [comm.rank + 1.0] * 3 + [total] * 3 + [comm.rank + 1.0] * 4)
+
+
+@suite.scenario()
+def ranks_of_a_node_see_each_others_messages(comm: Communicator) -> None:
+    if comm.node is None:
+        return
+    node, message = comm.node, comm.allocate(100, np.float32)
+    every, common = node.arrays(message), node.allocate_common(5, np.int64)
+    if every is not None and common is not None:
+        every[(node.rank + 1) % node.size][:] = node.rank
+        common[node.rank % 5] = node.rank
+        node.barrier()
+        assert (message == (node.rank - 1) % node.size).all()
+        assert common[(node.size - 1) % 5] == node.size - 1
+    assert node.arrays(np.zeros(100, np.float32)) is None
+
+
+@suite.scenario()
 def allreduce_gives_every_rank_the_same_bits(comm: Communicator) -> None:
     for length in (1, 1000, 300_000):  # MPI libraries change their algorithm with the length
-        array = np.random.default_rng(comm.rank).standard_normal(length).astype(np.float32)
-        comm.allreduce(array)
-        messages = comm.allgather(array.tobytes()[:100_000])
-        assert messages.count(messages[0]) == comm.size
-        every = sum(np.random.default_rng(rank).standard_normal(length).astype(np.float32) for rank in range(comm.size))
-        np.testing.assert_allclose(array, every, rtol=1e-5, atol=1e-5)
+        for array in (np.empty(length, np.float32), comm.allocate(length, np.float32)):
+            array[:] = np.random.default_rng(comm.rank).standard_normal(length)
+            comm.allreduce(array)
+            messages = comm.allgather(array.tobytes())
+            assert messages.count(messages[0]) == comm.size
+            brought = [np.random.default_rng(rank).standard_normal(length) for rank in range(comm.size)]
+            np.testing.assert_allclose(array, np.sum(brought, axis=0), rtol=1e-5, atol=1e-5)
 
 
 @suite.scenario()

@@ -52,11 +52,11 @@ class Suite:
 
 
 def run(scenario: Scenario, size: int) -> None:
-    """The scenario on `size` threads; a world of one is the real one."""
+    """The scenario on `size` threads; a world of one is the real one. Even numbers share memory, as on one node."""
     if size == 1:
         scenario(SoloCommunicator())
     else:
-        run_threads(size, scenario, TIMEOUT_SECONDS)
+        run_threads(size, scenario, TIMEOUT_SECONDS, share_memory=size % 2 == 0)
 
 
 def _filters(ignore: Iterable[str]) -> list[pytest.MarkDecorator]:

@@ -29,7 +29,7 @@ def total(comm, messages: list[np.ndarray]) -> list[np.ndarray]:
     for _ in range(2):  # the second time with arrays that are used again
         for shard in range(len(messages))[tree.mine]:
             tree.add(messages[shard])
-        out = np.empty(length, dtype)
+        out = comm.allocate(length, dtype)
         tree.total(out)
         results.append(out)
     return results
@@ -37,10 +37,13 @@ def total(comm, messages: list[np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8, 11])
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 7, 8, 12, 16])
-def test_the_sum_has_the_bits_of_the_definition_on_any_number_of_ranks(shards: int, ranks: int) -> None:
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_the_sum_has_the_bits_of_the_definition_on_any_number_of_ranks(
+    shards: int, ranks: int, share_memory: bool
+) -> None:
     messages = messages_of(shards, 37, "float32")
     expected = by_hand([message.copy() for message in messages])
-    for results in run_threads(ranks, lambda comm: total(comm, messages)):
+    for results in run_threads(ranks, lambda comm: total(comm, messages), share_memory=share_memory):
         for result in results:
             assert result.tobytes() == expected.tobytes()
 
@@ -50,11 +53,12 @@ def test_the_order_matters_for_these_numbers() -> None:
     assert sum(messages[1:], messages[0]).tobytes() != by_hand(messages).tobytes()
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-def test_messages_shorter_than_the_number_of_ranks(length: int) -> None:
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 70_000])
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_messages_shorter_than_the_number_of_ranks_or_longer_than_a_piece(length: int, share_memory: bool) -> None:
     messages = messages_of(8, length, "float64")
     expected = by_hand([message.copy() for message in messages])
-    for results in run_threads(5, lambda comm: total(comm, messages)):
+    for results in run_threads(5, lambda comm: total(comm, messages), share_memory=share_memory):
         assert results[0].tobytes() == expected.tobytes()
 
 
@@ -90,5 +94,5 @@ def test_memory_is_one_message_for_each_level_of_the_tree() -> None:
     tree = FixedTree(SoloCommunicator(), 16, 1, np.float32)
     for _ in range(16):
         tree.add(np.ones(1, np.float32))
-        assert len(tree._partials) + len(tree._spare) <= 5
+        assert len(tree._memory) <= 5
     assert share(16, 0, 1) == tree.mine

@@ -1,16 +1,19 @@
 """The one seam between training and the outside world: what a group of ranks can do together.
 
-Eight names, the same on every backend. Training code calls them without asking how many ranks there are; in a world of
+Ten names, the same on every backend. Training code calls them without asking how many ranks there are; in a world of
 one they do nothing. Only numbers and bytes travel, never pickled objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    from distprop.comm.node import Node
 
 Array = TypeVar("Array", bound=NDArray[Any])
 
@@ -32,6 +35,13 @@ class Communicator(Protocol):
     @property
     def size(self) -> int:
         """The number of ranks."""
+
+    @property
+    def node(self) -> Node | None:
+        """The ranks that share this one's memory, if there are any."""
+
+    def allocate(self, length: int, dtype: DTypeLike) -> NDArray[Any]:
+        """Zeros `(length,)` for a message that will be summed often; `allreduce` of it takes the fastest way."""
 
     def allreduce(self, array: Array) -> Array:
         """Sum `array` over the ranks, in place; all ranks pass the same shape and dtype. Returns `array`."""

@@ -21,8 +21,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from distprop.comm.base import Array, check_contiguous
+from distprop.comm.node import Node
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,36 @@ def library() -> Library:
 
 
 class MPICommunicator:
-    """The ranks of an MPI communicator; `MPI.COMM_WORLD` unless another is given."""
+    """The ranks of an MPI communicator; `MPI.COMM_WORLD` unless another is given.
 
-    def __init__(self, mpi_communicator: Any = None) -> None:
+    `allocate` gives memory that the ranks of a node share, so that they sum it themselves (see `distprop.comm.node`).
+
+    Args:
+        mpi_communicator: an `mpi4py.MPI.Comm`.
+        share_memory: False leaves every sum to the library.
+        ranks_per_node: take so many neighbours for a node, in place of those that MPI finds on one host.
+    """
+
+    def __init__(
+        self, mpi_communicator: Any = None, *, share_memory: bool = True, ranks_per_node: int | None = None
+    ) -> None:
         self._MPI = _load(initialize=True)
         self._comm = (mpi_communicator or self._MPI.COMM_WORLD).Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
+        self.node = self._find_node(ranks_per_node) if share_memory and self.size > 1 else None
+
+    def allocate(self, length: int, dtype: DTypeLike) -> NDArray[Any]:
+        """Zeros in memory that this node's ranks share, or in ordinary memory where that cannot be had."""
+        shared = self.node.allocate(length, dtype) if self.node else None
+        every = self.node is None or b"" not in self.allgather(b"" if shared is None else b"shared")  # all or none
+        return shared if shared is not None and every else np.zeros(length, dtype)
 
     def allreduce(self, array: Array) -> Array:
-        """Sum in place with the library's Allreduce."""
+        """Sum in place: with the node's other ranks if `array` is of `allocate`, else with the library's Allreduce."""
+        if self.node and (arrays := self.node.arrays(array)):
+            self.node.sum(arrays)
+            return array
         check_contiguous(array)
         self._comm.Allreduce(self._MPI.IN_PLACE, array, op=self._MPI.SUM)
         return array
@@ -101,6 +123,25 @@ class MPICommunicator:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._comm.Barrier()
+
+    def _find_node(self, ranks_per_node: int | None) -> Node | None:
+        """The ranks that share this rank's memory; None if every node has one rank only."""
+        here = (
+            self._comm.Split(self.rank // ranks_per_node, self.rank)
+            if ranks_per_node
+            else self._comm.Split_type(self._MPI.COMM_TYPE_SHARED, self.rank)
+        )
+        sizes = [int(message) for message in self.allgather(b"%d" % here.size)]
+        if max(sizes) == 1:
+            return None
+        owns_slice = here.rank < min(sizes)
+        across = self._comm.Split(here.rank if owns_slice else self._MPI.UNDEFINED, self.rank)
+        several = owns_slice and across.size > 1
+        return Node(
+            MPICommunicator(here, share_memory=False),
+            min(sizes),
+            MPICommunicator(across, share_memory=False) if several else None,
+        )
 
     def abort(self, status: int = 1) -> NoReturn:
         """End every rank of the job."""

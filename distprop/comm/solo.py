@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from distprop.comm.base import Array, check_contiguous, check_root
 
@@ -12,6 +16,11 @@ class SoloCommunicator:
 
     rank = 0
     size = 1
+    node = None
+
+    def allocate(self, length: int, dtype: DTypeLike) -> NDArray[Any]:
+        """Ordinary memory."""
+        return np.zeros(length, dtype)
 
     def allreduce(self, array: Array) -> Array:
         """The sum over one rank: `array` itself."""

@@ -10,19 +10,28 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root
+from distprop.comm.node import Node
 
 Result = TypeVar("Result")
 
 
 def run_threads(
-    size: int, function: Callable[[ThreadCommunicator], Result], timeout_seconds: float = 60
+    size: int,
+    function: Callable[[ThreadCommunicator], Result],
+    timeout_seconds: float = 60,
+    *,
+    share_memory: bool = False,
 ) -> list[Result]:
     """Call `function(comm)` on `size` ranks at once and return the results by rank.
 
-    The first exception of any rank (by time) is raised here once all threads have ended.
+    With `share_memory` they see each other's messages, as ranks of one node do. The first exception of any rank (by
+    time) is raised here once all threads have ended.
     """
-    meeting = _Meeting(size, timeout_seconds)
+    meeting = _Meeting(size, timeout_seconds, share_memory)
     results: dict[int, Result] = {}
 
     def body(rank: int) -> None:
@@ -48,9 +57,18 @@ class ThreadCommunicator:
         self._meeting = meeting
         self.rank = rank
         self.size = meeting.size
+        self.node = Node(self, self.size) if meeting.share_memory else None
+
+    def allocate(self, length: int, dtype: DTypeLike) -> NDArray[Any]:
+        """Zeros in memory that the ranks share if the world was made with `share_memory`."""
+        shared = self.node.allocate(length, dtype) if self.node else None
+        return shared if shared is not None else np.zeros(length, dtype)
 
     def allreduce(self, array: Array) -> Array:
         """Sum in place, in the order of the ranks."""
+        if self.node and (arrays := self.node.arrays(array)):
+            self.node.sum(arrays)
+            return array
         check_contiguous(array)
         brought = self._exchange(("allreduce", array.shape, array.dtype.str), array.copy())
         array[...] = 0
@@ -107,10 +125,10 @@ class ThreadCommunicator:
 class _Meeting:
     """What the ranks of one world share."""
 
-    def __init__(self, size: int, timeout_seconds: float) -> None:
+    def __init__(self, size: int, timeout_seconds: float, share_memory: bool) -> None:
         if size < 1:
             raise ValueError(f"a world has 1 rank or more, got {size}")
-        self.size = size
+        self.size, self.share_memory = size, share_memory
         self.brought: list[Any] = [None] * size
         self.error: BaseException | None = None
         self._timeout_seconds = timeout_seconds

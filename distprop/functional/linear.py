@@ -15,8 +15,8 @@ def linear(input: Operand, weight: Operand, bias: Operand | None = None) -> Tens
     Shapes: x `(..., in_features)`, W `(out_features, in_features)`, b `(out_features,)`, y `(..., out_features)`.
     Derivative: dx = g W, dW = gᵀ x, db = Σ g over all leading axes.
 
-    Where W has more rows than a matrix x, y is computed as yᵀ = W xᵀ and lies in memory so, one feature after the other:
-    BLAS packs a large W 15 to 20 % faster when it is not the transposed factor. dx lies as x does.
+    Where W has more rows than a matrix x, y is computed as yᵀ = W xᵀ and lies so in memory, one feature after the
+    other: BLAS packs a large W 15 to 20 % faster when it is not the transposed factor. dx lies as x does.
 
     Raises:
         ValueError: the last axis of x is not in_features, or b is not one number for each row of W.

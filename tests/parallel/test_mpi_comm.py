@@ -1,11 +1,12 @@
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from communicator_suite import suite
-from distprop.comm import mpi, world
+from distprop.comm import mpi, node, world
 
 pytestmark = pytest.mark.mpi
 
@@ -26,6 +27,57 @@ def test_communicator_of_a_part_of_the_world():
     for parameter in suite.under_mpi():
         parameter.values[0](comm)
     part.Free()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 3])
+def test_communicator_of_several_nodes(ranks_per_node):
+    """Neighbours play the ranks of a node; the last node may have fewer than the others."""
+    comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
+    for parameter in suite.under_mpi():
+        parameter.values[0](comm)
+    if ranks_per_node > 1:
+        assert comm.node.size == min(ranks_per_node, comm.size - comm.rank // ranks_per_node * ranks_per_node)
+        assert len(comm.node.arrays(comm.allocate(10, np.float32))) == comm.node.size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_of_one_node_share_their_messages(comm):
+    assert len(comm.node.arrays(comm.allocate(10, np.float32))) == comm.size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_without_shared_memory_the_library_sums(monkeypatch, tmp_path):
+    monkeypatch.setattr(node, "_FOLDER", tmp_path / "missing")
+    comm = mpi.MPICommunicator()
+    assert comm.node.arrays(comm.allocate(10, np.float32)) is None
+    for parameter in suite.under_mpi():
+        parameter.values[0](comm)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_rank_without_shared_memory_is_enough_for_all_to_do_without(monkeypatch, tmp_path):
+    comm = mpi.MPICommunicator()
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(node, "_map", lambda path, size, create: None)
+    message = comm.allocate(10, np.float32)
+    message += comm.rank
+    assert comm.allreduce(message)[0] == sum(range(comm.size))
+    assert comm.node.arrays(message) is None
+
+
+@pytest.mark.mpi(min_size=2)
+def test_shared_memory_has_no_name_and_goes_with_its_array(comm):
+    def mapped():
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/distprop-" in line]
+
+    before = mapped()
+    for _ in range(20):
+        message = comm.allocate(1_000_000, np.float32)
+        comm.allreduce(message)
+    assert 1 <= len(mapped()) - len(before) <= 2
+    assert all(line.endswith("(deleted)") for line in mapped())
+    comm.barrier()
 
 
 def test_the_world_is_one_object(comm):

@@ -1,0 +1,138 @@
+"""The ranks of one node add up their messages in memory that all of them see.
+
+Each rank fills an array of its own, as always, but the arrays lie side by side in one shared block. To sum them, rank
+r of n adds up the r-th slice of all arrays and writes the sum into each; a barrier before and one after keep the ranks
+out of each other's way. Every number moves once, in pieces that stay in the cache. If there are several nodes, the
+ranks that hold the same slice on each of them sum it with the library's Allreduce in between: a gradient crosses a
+node's network interface once, not once a rank.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from distprop.comm.base import Communicator
+
+_FOLDER = Path("/dev/shm")
+_PIECE_BYTES = 256 * 1024  # a piece of two ranks fits into a second-level cache of 1 MiB; 23 MB: 0.8 ms, 1.4 with 32 kB
+_LINE_BYTES = 64  # of the cache
+
+
+class Node:
+    """The ranks of one node, one of possibly several, and the memory that they share.
+
+    Attributes:
+        rank: this rank's number on its node.
+        size: how many ranks the node has.
+
+    Args:
+        here: the ranks of this node.
+        slices: into how many slices a sum is cut: as many as the node with the fewest ranks has.
+        across: the ranks that have this rank's number on all nodes; None for a single node, and for a rank that has
+            no slice.
+    """
+
+    def __init__(self, here: Communicator, slices: int, across: Communicator | None = None) -> None:
+        self.rank, self.size = here.rank, here.size
+        self._here, self._slices, self._across = here, slices, across
+        self._arrays: dict[int, list[NDArray[Any]]] = {}  # of all ranks, by the id of this rank's
+
+    def allocate(self, length: int, dtype: DTypeLike) -> NDArray[Any] | None:
+        """Zeros `(length,)` for this rank, which the others can see and write: `arrays` has theirs. Collective here.
+
+        The memory goes with the arrays; it has no name that could outlive a killed job. None, on all ranks of the node,
+        where there is no shared memory, or not enough of it.
+        """
+        arrays = self._share(self.size, length, dtype)
+        if arrays is None:
+            return None
+        own = arrays[self.rank].view()  # the others are kept as long as this view is
+        self._arrays[id(own)] = arrays
+        weakref.finalize(own, self._arrays.pop, id(own))
+        return own
+
+    def allocate_common(self, length: int, dtype: DTypeLike) -> NDArray[Any] | None:
+        """One array of zeros `(length,)` for all ranks of the node. Collective here; None as in `allocate`."""
+        arrays = self._share(1, length, dtype)
+        return None if arrays is None else arrays[0]
+
+    def arrays(self, own: NDArray[Any]) -> Sequence[NDArray[Any]] | None:
+        """Every rank's array of the call of `allocate` that returned `own`; None if `own` is not of `allocate`."""
+        return self._arrays.get(id(own))
+
+    def barrier(self) -> None:
+        """Wait for the ranks of this node."""
+        self._here.barrier()
+
+    def sum(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """Replace each of the `arrays` by the sum over all ranks of all nodes. Collective on all nodes."""
+        self.barrier()  # all have written
+        if self.rank < self._slices:
+            mine = _slice(len(arrays[0]), arrays[0].itemsize, self.rank, self._slices)
+            total, *others = [array[mine] for array in arrays]
+            for piece in _pieces(total):
+                for other in others:
+                    total[piece] += other[piece]
+                if self._across is None:
+                    for other in others:
+                        other[piece] = total[piece]
+            if self._across is not None:
+                self._across.allreduce(total)
+                for other in others:
+                    other[...] = total
+        self.barrier()  # all sums are there
+
+    def _share(self, count: int, length: int, dtype: DTypeLike) -> list[NDArray[Any]] | None:
+        """`count` arrays of zeros in one block that all ranks map."""
+        stride = -(-length * np.dtype(dtype).itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = max(stride * count, mmap.PAGESIZE)
+        name = self._here.allgather(secrets.token_hex(8).encode())[0].decode()
+        path = _FOLDER / f"distprop-{name}"
+        block = _map(path, size, create=True) if self.rank == 0 else None
+        self.barrier()
+        if self.rank:
+            block = _map(path, size, create=False)
+        mapped = self._here.allgather(b"" if block is None else b"mapped")
+        if self.rank == 0:
+            path.unlink(missing_ok=True)
+        if block is None or b"" in mapped:
+            return None
+        return [np.frombuffer(block, dtype, length, offset=number * stride) for number in range(count)]
+
+
+def _map(path: Path, size: int, *, create: bool) -> mmap.mmap | None:
+    """The block of shared memory; None if it cannot be had."""
+    try:
+        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+    except OSError:
+        return None
+    try:
+        if create:
+            os.posix_fallocate(file, 0, size)  # reserved now: a full /dev/shm would be a bus error later
+        return mmap.mmap(file, size)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def _slice(length: int, itemsize: int, number: int, slices: int) -> slice:
+    """The `number`-th of nearly equal slices; they meet between cache lines, for which two ranks would fight."""
+    line = _LINE_BYTES // itemsize
+    start, stop = (length * n // slices // line * line for n in (number, number + 1))
+    return slice(start, length if number + 1 == slices else stop)
+
+
+def _pieces(array: NDArray[Any]) -> Iterator[slice]:
+    step = _PIECE_BYTES // array.itemsize
+    for start in range(0, len(array), step):
+        yield slice(start, start + step)
