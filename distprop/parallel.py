@@ -1,8 +1,9 @@
 """Data parallelism: every rank differentiates its share of the batch, one Allreduce makes the mean over all examples.
 
 The mean of the ranks' means is wrong when their shares differ. So each rank's backward pass is weighed with its number
-of examples, the counts travel behind the gradients in the same Allreduce, and the sum is divided by the summed count
-once. A rank without examples sends zeros and takes part like any other.
+of examples over that of all ranks in the step before; the counts travel behind the gradients in the same Allreduce, and
+the sum is corrected by the summed count where it differs. A rank without examples sends zeros and takes part like any
+other.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class DataParallel:
         self._examples_given: float | None = None
         self._walking = False  # a backward pass is under way
         self._examples = 0.0  # since the last reduction, on this rank
+        self._expected = 1.0  # examples of all ranks in one backward pass: gradients start from a rank's share of them
         self._backwards = 0
         self._reductions = 0
         self.reduce_seconds = 0.0  # how long the last Allreduce took, waiting for slower ranks included
@@ -154,7 +156,7 @@ class DataParallel:
                 loss.backward(np.full(loss.shape, weight))
             elif loss.node is not None:
                 take_part(loss.node)
-            self._end(weight)
+            self._end(examples)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -212,7 +214,7 @@ class DataParallel:
         self.module.eval()
 
     def _begin(self, examples: float) -> float:
-        """The weight of a backward pass that is about to start."""
+        """The weight of a backward pass over `examples` that is about to start."""
         if not self._buffer.holds(self._trained):
             self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
@@ -227,13 +229,13 @@ class DataParallel:
             for parameter in self._trained:
                 parameter.grad = None
         self._walking = True
-        return examples if self._examples_given is None else self._examples_given
+        return (examples if self._examples_given is None else self._examples_given) / self._expected
 
-    def _end(self, weight: float) -> None:
+    def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once
             return
         self._walking = False
-        self._examples += weight
+        self._examples += examples
         self._backwards += 1
         if self._syncing and self._tree is None:
             self._reduce()
@@ -279,8 +281,11 @@ class DataParallel:
         place = f"rank {self.comm.rank} is at reduction {self._reductions} after {self._backwards} backward passes"
         received = read_lane(self._buffer.lane, senders, self._sending, place)
         self.received = {"examples": received.examples, **received.numbers}
-        scale = received.backwards / received.examples if received.examples else 0
-        self._buffer.grad *= self._buffer.grad.dtype.type(scale)
+        scale = self._expected * received.backwards / received.examples if received.examples else 0
+        if scale != 1:
+            self._buffer.grad *= self._buffer.grad.dtype.type(scale)
+        if self._tree is None and received.examples:  # with shards no step may depend on the one before: see `resume`
+            self._expected = received.examples / received.backwards
         if self._kept is not None:
             self._buffer.grad += self._kept
         if self._statistics.size:

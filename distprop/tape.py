@@ -131,7 +131,8 @@ def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
     weights = {listener.begin() for listener in passes}
     if len(weights) > 1:
         raise RuntimeError(
-            f"one backward pass goes through forward passes over different numbers of examples ({sorted(weights)}); "
+            "one backward pass goes through forward passes over different numbers of examples, in the proportion "
+            f"{' : '.join(f'{weight:g}' for weight in sorted(weights))}; "
             "say how many the loss is a mean over with parallel.backward(loss, examples=n)"
         )
     return weights.pop() if weights else 1

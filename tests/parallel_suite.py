@@ -349,7 +349,9 @@ def forward_passes_over_different_numbers_of_examples_need_to_be_told(comm: Comm
     (x, y), (many, _) = rows(4), rows(12)
     model, alone = make_model(), make_model()
     parallel = DataParallel(model, comm)
-    with pytest.raises(RuntimeError, match=r"examples \(\[4, 12\]\).*parallel\.backward\(loss, examples=n\)"):
+    with pytest.raises(
+        RuntimeError, match=r"examples, in the proportion 4 : 12;.*parallel\.backward\(loss, examples=n\)"
+    ):
         (F.mse_loss(parallel(x), y) + parallel(many).mean()).backward()
     model.zero_grad()
     parallel(x), parallel(many)  # two passes over 4 examples with one over 12 between them
