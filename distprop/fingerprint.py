@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Fingerprints:
         self._last: int | None = None  # the step recorded last by this process
         self._named = True  # the file says which layers the hashes are of
         self._writes = run_dir is not None and comm.rank == 0
+        self._file: BinaryIO | None = None
 
     def record(self, step: int) -> None:
         """Hash the parameters as they are after `step` updates, unless that was done already. Collective."""
@@ -94,6 +96,7 @@ class Fingerprints:
         if self._rows:  # other ranks may be gone, so nobody is asked
             self._write(dict(zip(self._steps, map(Hashes, self._rows), strict=True)))
             self._steps, self._rows = [], []
+        self._close()
 
     def _write(self, steps: Mapping[int, Hashes]) -> None:
         if not self._writes or self._run_dir is None:
@@ -108,12 +111,21 @@ class Fingerprints:
                 line["ranks"] = {str(rank): _hex(row) for rank, row in hashes.ranks.items()}
             lines.append(json.dumps(line) + "\n")
         try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            with (self._run_dir / FINGERPRINTS).open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            if self._file is None:  # kept open: what a rank that outlives its job writes goes to the file of its own
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                self._file = (self._run_dir / FINGERPRINTS).open("ab")
+            self._file.write("".join(lines).encode())
+            self._file.flush()
         except OSError as error:
             self._writes = False
+            self._close()
             print(f"distprop: no more fingerprints are written: {error}", file=sys.stderr, flush=True)
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        with suppress(OSError):  # what was written was flushed, or reported
+            if file is not None:
+                file.close()
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,7 @@ class Trainer:
             forget_after(self.run_dir, self.step)  # all, if the run did not come as far as a checkpoint
         if self.checkpoint_every and self.comm.rank == 0:
             self._writer = checkpoint.Writer(root, report=_warn)
+            self._writer.best_step = found.state["best_step"] if found is not None else None
 
     def _save(self, best: bool = False, final: bool = False) -> None:
         """Write a checkpoint while training goes on; the last one is waited for. Collective."""
@@ -355,6 +356,8 @@ class Trainer:
         if self._writer is None:
             return
         self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
+        if best:
+            self._writer.best_step = self.step
         optimizer = self.optimizer.state_dict()
         arrays = optimizer.pop("arrays")
         state = {
@@ -362,12 +365,11 @@ class Trainer:
             "batch": self.batch,
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "best_step": self._writer.best_step,
             "fit_began": list(self._fit_began),
             "optimizer": optimizer,
             **self._identity(),
         }
-        if best:
-            self._writer.best_step = self.step
         self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
         if final:
             self._writer.wait()

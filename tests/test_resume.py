@@ -193,6 +193,15 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert f"step-{best_step:09d}" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
+def test_the_best_checkpoint_is_kept_after_a_resume(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3).fit(dataset(), epochs=1, validation=dataset())
+    resumed = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3, resume=True)
+    resumed._best_loss = 0.0  # nothing that follows is better
+    resumed.fit(dataset(), epochs=1)
+    resumed.fit(dataset(), epochs=3)
+    assert "step-000000007" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
