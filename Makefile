@@ -32,11 +32,12 @@ unit: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 parallel: $(VENV)/.dev-installed
-	$(BIN)/python tests/mpirun.py 1 2 3 4
+	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
 
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \
-		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4; \
+		case $$mpi in *5) more="5 8";; *) more=;; esac; \
+		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4 $$more; \
 		.venv-$$mpi/bin/python -m pytest tests/test_launch.py; \
 	done
 

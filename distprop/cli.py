@@ -64,6 +64,36 @@ def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | No
         raise Refusal(str(error)) from error
 
 
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+def fingerprint(run: Path, other: Path | None) -> None:
+    """Print one hash of the parameters for each step of a run, or compare two runs.
+
+    The lines of RUN can be compared with those of another run by `diff`. With OTHER, the first step, the first layer
+    and the first rank that differ are named instead. The exit status is 1 if the runs, or the ranks of one, differ.
+    """
+    from distprop.fingerprint import RecordError, compare, first_difference, read
+
+    try:
+        record = read(run)
+        if other is None:
+            difference = first_difference(record)
+            for step, hashes in sorted(record.steps.items()):
+                click.echo(f"{step}  {hashes.together}")
+        else:
+            second = read(other)
+            difference = compare(record, second)
+            if difference is None:
+                common = record.steps.keys() & second.steps.keys()
+                click.echo(f"the runs agree at all {len(common)} steps of both, from {min(common)} to {max(common)}")
+    except RecordError as error:
+        raise Refusal(str(error)) from error
+    if difference is not None:
+        click.echo(difference, err=True)
+        sys.exit(1)
+
+
 @main.group()
 def bench() -> None:
     """Measure this machine; every figure beside what it is compared with, in the same run."""

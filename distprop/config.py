@@ -77,6 +77,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     shards: Count = 8
     run_dir: str | None = None  # runs/<name of the file> by default
     checkpoint_every: Count | None = None  # steps
+    fingerprint: bool | None = None  # a hash of every parameter after every step; by default if deterministic
 
 
 class Config(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

@@ -66,6 +66,7 @@ def train_from_config(
         clip_norm=config.train.clip_norm,
         run_dir=run_dir,
         checkpoint_every=config.train.checkpoint_every,
+        fingerprint=config.train.fingerprint,
         resume=resume,
     )
     results = trainer.fit(train_set, epochs=config.train.epochs, validation=test_set)

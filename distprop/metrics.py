@@ -154,9 +154,9 @@ class MetricsFile:
                 file.close()
 
 
-def forget_after(run_dir: Path, step: int) -> None:
+def forget_after(run_dir: Path, step: int, name: str = METRICS) -> None:
     """Drop what was written after `step`, by a run that is resumed from there, and a line that was cut off."""
-    path = run_dir / METRICS
+    path = run_dir / name
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]

@@ -180,7 +180,7 @@ class DataParallel:
             DivergenceError: names the first parameter that differs, and the ranks.
         """
         parameters = [*reversed(self._buffer.parameters), *self._frozen]
-        sums = [_checksum(parameter.data) for parameter in parameters]
+        sums = [checksum(parameter.data) for parameter in parameters]
         every_sum = [np.frombuffer(m, np.uint32) for m in self.comm.allgather(np.array(sums, np.uint32).tobytes())]
         for number, parameter in enumerate(parameters):
             by_sum: dict[int, list[int]] = {}
@@ -326,6 +326,11 @@ class DataParallel:
             array[...] = self.comm.broadcast(copy)
 
 
+def checksum(array: Array) -> int:
+    """CRC-32 of the bytes of `array`."""
+    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
+
+
 class _ForwardPass:
     """Marks the outputs of a forward pass, so that the backward pass through them is weighed and reduced."""
 
@@ -366,10 +371,6 @@ def _leading_axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if isinstance(value, Tensor | np.ndarray) and value.ndim:
             return int(value.shape[0])
     raise TypeError("DataParallel finds no array among the arguments whose first axis could be the batch")
-
-
-def _checksum(array: Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
 
 
 def _ranks(ranks: list[int]) -> str:

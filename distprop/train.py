@@ -19,6 +19,7 @@ from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator, world
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
+from distprop.fingerprint import Fingerprints
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally, forget_after
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
@@ -65,8 +66,9 @@ class Trainer:
         seed: names the order of the data and the dropout masks.
         deterministic: give the same bits on any number of ranks; see docs/parallel.md for what it costs. It limits BLAS
             to one thread in this process, whose number changes the rounding of matrix products.
-        shards: with `deterministic`, the pieces that each global batch is cut into; their sizes differ by one row at
-            most. More ranks than shards would have nothing to do.
+        shards: with `deterministic`, the pieces of equal size that each global batch is cut into, the last one of an
+            epoch too; where a remainder r is left, the first r have one row more. Which rows a piece has follows from
+            the batch and `shards` alone. More ranks than shards would have nothing to do.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
         run_dir: a folder for `metrics.jsonl` and `checkpoints`, of rank 0; made if it is missing.
@@ -74,6 +76,8 @@ class Trainer:
             the end of `fit`. The newest three and the best are kept.
         resume: go on from the newest whole checkpoint in `run_dir`, if there is one, on any number of ranks. The first
             call of `fit` then ends where the interrupted one would have ended.
+        fingerprint: record a hash of every parameter after every step in `run_dir`, and compare the ranks by it every
+            16 steps; see `distprop fingerprint`. By default in deterministic mode, if there is a `run_dir`.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all.
         progress: a live bar on rank 0's terminal, plain lines elsewhere.
@@ -82,6 +86,7 @@ class Trainer:
         ValueError: an argument out of range, or a `run_dir` that holds checkpoints of another run.
         CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
+        DivergenceError: by `fit`, when the ranks do not have the same parameters; names the first that differs.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Trainer:
         run_dir: str | Path | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
+        fingerprint: bool | None = None,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -112,15 +118,20 @@ class Trainer:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         if run_dir is None and (checkpoint_every is not None or resume):
             raise ValueError("checkpoint_every and resume need a run_dir")
+        if run_dir is None and fingerprint:
+            raise ValueError("fingerprint=True needs a run_dir")
         _check_optimizer(optimizer, model)
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.shards = shards if deterministic else None
         if deterministic:
             _limit_blas_to_one_thread()
-        self.parallel = DataParallel(model, self.comm, shards=self.shards)
+        fingerprint = deterministic and run_dir is not None if fingerprint is None else fingerprint
+        verify_every = 0 if fingerprint else 100  # fingerprints compare the same, and more often
+        self.parallel = DataParallel(model, self.comm, verify_every=verify_every, shards=self.shards)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = _path(run_dir) if run_dir is not None else None
+        self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
         self.checkpoint_every = checkpoint_every
         self.callbacks = list(callbacks)
         self.step = 0  # updates made
@@ -168,7 +179,9 @@ class Trainer:
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
         results: list[EpochResult] = []
         self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
-        with self._metrics, show_progress(self._progress and self.comm.rank == 0, int(total)) as progress:
+        shows = self._progress and self.comm.rank == 0
+        with self._metrics, self._fingerprints, show_progress(shows, int(total)) as progress:
+            self._fingerprints.record(self.step)
             stopped = False
             while self.epoch < last_epoch and self.step < last_step and not stopped:
                 stopped = self._run_epoch(loader, last_step, progress)
@@ -219,6 +232,7 @@ class Trainer:
         self.model.train()
         for batch in loader.batches(self.epoch, self.batch):
             result = self._step(batch, loader.rows(self.batch))
+            self._fingerprints.record(self.step)
             self.batch += 1
             self._sums.add(result)
             self._metrics.write_step(result)
@@ -330,16 +344,20 @@ class Trainer:
             self._restore(found)
             if self._progress and self.comm.rank == 0:
                 print(f"resuming {root.parent} at step {self.step}", flush=True)
-            if self.comm.rank == 0 and self.run_dir is not None:
-                forget_after(self.run_dir, self.step)
+        if resume and self.comm.rank == 0 and self.run_dir is not None:
+            forget_after(self.run_dir, self.step)  # all, if the run did not come as far as a checkpoint
         if self.checkpoint_every and self.comm.rank == 0:
             self._writer = checkpoint.Writer(root, report=_warn)
+            self._writer.best_step = found.state["best_step"] if found is not None else None
 
     def _save(self, best: bool = False, final: bool = False) -> None:
-        """Write a checkpoint while training goes on; the last one is waited for."""
+        """Write a checkpoint while training goes on; the last one is waited for. Collective."""
+        self._fingerprints.flush()  # ranks that differ have nothing to save
         if self._writer is None:
             return
         self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
+        if best:
+            self._writer.best_step = self.step
         optimizer = self.optimizer.state_dict()
         arrays = optimizer.pop("arrays")
         state = {
@@ -347,12 +365,11 @@ class Trainer:
             "batch": self.batch,
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "best_step": self._writer.best_step,
             "fit_began": list(self._fit_began),
             "optimizer": optimizer,
             **self._identity(),
         }
-        if best:
-            self._writer.best_step = self.step
         self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
         if final:
             self._writer.wait()

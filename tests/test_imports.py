@@ -20,7 +20,7 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
-    {"metrics", "progress", "train"},
+    {"fingerprint", "metrics", "progress", "train"},
     {"config", "job", "launch", "rank", "bench"},
     {"cli", "__main__"},
 ]

@@ -16,6 +16,7 @@ from distprop import checkpoint, nn, optim
 from distprop import functional as F
 from distprop.checkpoint import CheckpointError
 from distprop.comm import SoloCommunicator, run_threads
+from distprop.fingerprint import FINGERPRINTS
 
 ROWS = 56
 
@@ -97,6 +98,7 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(
     found = interrupted_and_resumed(tmp_path / "parts", ranks_before, ranks_after, at)
     assert found == parameters(whole)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert (tmp_path / "parts" / FINGERPRINTS).read_bytes() == (tmp_path / "whole" / FINGERPRINTS).read_bytes()
     newest = [checkpoint.newest(tmp_path / part / "checkpoints", pytest.fail) for part in ("whole", "parts")]
     assert newest[0].state == newest[1].state
     for part in ("model", "optimizer"):
@@ -157,10 +159,13 @@ def test_a_new_run_does_not_write_into_the_folder_of_another(tmp_path: Path) -> 
 
 
 def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        make_trainer(SoloCommunicator(), tmp_path, callbacks=[interrupt_at(3)]).fit(dataset(), epochs=1)
     trainer = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert trainer.step == 0
     trainer.fit(dataset(), steps=2)
     assert trainer.step == 2
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2]  # two steps and what there is of the epoch
 
 
 @pytest.mark.parametrize(("option", "value"), [("seed", 4), ("batch_size", 10), ("shards", 4), ("accumulate", 2)])
@@ -186,6 +191,15 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     losses = [result.validation["loss"] for result in results]
     best_step = 7 * (1 + int(np.argmin(losses)))
     assert f"step-{best_step:09d}" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
+def test_the_best_checkpoint_is_kept_after_a_resume(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3).fit(dataset(), epochs=1, validation=dataset())
+    resumed = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3, resume=True)
+    resumed._best_loss = 0.0  # nothing that follows is better
+    resumed.fit(dataset(), epochs=1)
+    resumed.fit(dataset(), epochs=3)
+    assert "step-000000007" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
 SCRIPT = """
@@ -231,3 +245,4 @@ def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: i
     for name, array in whole.model.state_dict().items():
         assert array.tobytes() == found.tensors["model"][name].tobytes()
     assert lines(run_dir) == lines(tmp_path / "whole")
+    assert (run_dir / FINGERPRINTS).read_bytes() == (tmp_path / "whole" / FINGERPRINTS).read_bytes()
