@@ -29,8 +29,8 @@ LIMIT_SECONDS = 170  # for one process
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 LAUNCHERS = {
     ("torch", 1): [],
-    ("torch", 2): ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     ("distprop", 1): [],
+    ("torch", 2): ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     ("distprop", 2): ["-m", "distprop", "run", "-n", "2"],
 }
 MNIST_EPOCHS = 4  # over which the learning rate falls; 98 % are reached in the third
@@ -81,10 +81,13 @@ def measured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
 def merged(files: list[str]) -> dict[str, Any]:
     """The results of several runs as one; what comes later replaces what is there."""
     results: dict[str, Any] = {"networks": {}}
+    commands = []
     for file in files:
         found = json.loads(Path(file).read_text())
+        commands.append(found["conditions"]["command"])
         results["networks"] |= found.pop("networks")
         results |= found
+    results["conditions"]["command"] = "; ".join(dict.fromkeys(commands))
     return results
 
 

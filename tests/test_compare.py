@@ -71,7 +71,7 @@ def results() -> dict[str, Any]:
     }
     reduction = {"bytes": 23_000_000, "seconds": 1e-3, "library_seconds": 4e-3, "repeats": 3}
     mnist = {"torch": {"seconds": 10.0}, "distprop": {"seconds": 5.0}}
-    return {"networks": {"mlp512": runs}, "allreduce": [reduction], "mnist": mnist, "conditions": {"processor": "P"}}
+    return {"networks": {"mlp512": runs}, "allreduce": [reduction], "mnist": mnist, "conditions": {"command": "a"}}
 
 
 def test_targets_say_what_was_wanted_what_was_measured_and_whether_it_is_met(results: dict[str, Any]) -> None:
@@ -98,8 +98,10 @@ def test_a_network_that_trained_otherwise_is_named(results: dict[str, Any]) -> N
 def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     files[0].write_text(json.dumps(results))
-    files[1].write_text(json.dumps({"networks": {"cnn": results["networks"]["mlp512"]}}))
+    other = {"networks": {"cnn": results["networks"]["mlp512"]}, "conditions": {"command": "b"}}
+    files[1].write_text(json.dumps(other))
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--merge", *map(str, files)]
     answer = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=60, check=True)
     assert "MLP 784-512-512-10" in answer.stdout
     assert "CNN" in answer.stdout
+    assert "a; b" in answer.stdout
