@@ -72,11 +72,11 @@ def _times(results: dict[str, Any]) -> str:
             ]
         )
     options = [
-        f"PyTorch's choice for {NETWORKS[name].title}: "
+        f"- PyTorch's choice for {NETWORKS[name].title}: "
         + ", ".join(f"{_options(figures[f'torch{ranks}'])} on {ranks} rank{'s' * (ranks > 1)}" for ranks in (1, 2))
         for name, figures in results["networks"].items()
     ]
-    return "\n".join([_aligned([header, *rows]), *options]) if rows else ""
+    return "\n".join([_aligned([header, *rows]), "", *options]) if rows else ""
 
 
 def _compiled(figures: dict[str, Any] | None) -> str:
