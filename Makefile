@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
-SOURCES := distprop tests examples
+SOURCES := distprop tests examples benchmarks
 MPIS := openmpi4 mpich4 mpich5
 
 export OMPI_ALLOW_RUN_AS_ROOT = 1

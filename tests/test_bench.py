@@ -1,13 +1,18 @@
 """The benchmarks run, and print what they promise. What they measure is for people to judge, on a quiet machine."""
 
+import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from distprop.bench import scaling
+from distprop.bench.allreduce import bench_allreduce
 from distprop.cli import main
+from distprop.comm import ThreadCommunicator, run_threads
 
 
 def test_step_prints_every_phase_beside_the_hand_written_loop() -> None:
@@ -39,3 +44,93 @@ def test_ranks_are_started() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "2 ranks, float32" in answer.stdout
+
+
+def run_allreduce(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distprop", "bench", "allreduce", "-n", "2", "--repeats", "3", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_allreduce_prints_both_for_every_size() -> None:
+    answer = run_allreduce("--sizes", "0.001,2.7")
+    assert answer.returncode == 0, answer.stderr
+    assert re.search(r"2 ranks, \w+Communicator beside the Allreduce of \w+.*sums checked", answer.stdout)
+    for size in ("0.001", "2.700"):
+        assert re.search(rf"^ +{size}( +\d+\.\d+){{5}} +3$", answer.stdout, re.MULTILINE), answer.stdout
+
+
+def test_allreduce_prints_json() -> None:
+    answer = run_allreduce("--sizes", "0.01", "--json")
+    (row,) = json.loads(answer.stdout)
+    assert row["bytes"] == 10_000
+    assert row["seconds"] > 0
+    assert row["library_seconds"] > 0
+
+
+def test_allreduce_finds_a_wrong_sum() -> None:
+    class Forgetful(ThreadCommunicator):
+        def allreduce(self, array: Any) -> Any:
+            super().allreduce(array)
+            array[array.size // 2] -= 1
+            return array
+
+    def body(comm: ThreadCommunicator) -> Any:
+        wrong = Forgetful(comm._meeting, comm.rank)
+        return list(bench_allreduce(wrong, comm, [0.001], repeats=1))
+
+    with pytest.raises(ArithmeticError, match="number 125 of 250"):
+        run_threads(2, body)
+
+
+@pytest.mark.parametrize("arguments", [["--sizes", "1,x"], ["--sizes", "0"], []])
+def test_an_allreduce_without_sizes_or_peers_is_refused(arguments: list[str]) -> None:
+    assert CliRunner().invoke(main, ["bench", "allreduce", *arguments]).exit_code == 2
+
+
+def test_scaling_prints_a_table_and_a_verdict_for_each_part() -> None:
+    command = [sys.executable, "-m", "distprop", "bench", "scaling", "--quick"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert answer.returncode in (0, 1), answer.stderr  # 1: the machine is too busy or too slow for 10 µs a layer
+    for part, verdict in {
+        "model": r"time grows with parameters to the power",
+        "batch": r"time grows with rows to the power",
+        "depth": r"at most -?\d+\.\d µs of overhead a layer; wanted under 10",
+        "ranks": r"the same parameters on every number of ranks.*: met",
+        "dataset": r"private memory grew by -?\d+ MB while the file grew by 50 MB",
+    }.items():
+        assert re.search(rf"^{part}: {verdict}", answer.stdout, re.MULTILINE), answer.stdout
+
+
+def test_scaling_takes_parts_and_refuses_others() -> None:
+    answer = CliRunner().invoke(main, ["bench", "scaling", "--quick", "--json", "batch"])
+    assert answer.exit_code == 0, answer.output
+    assert set(json.loads(answer.output)) == {"batch"}
+    answer = CliRunner().invoke(main, ["bench", "scaling", "width"])
+    assert answer.exit_code == 2
+    assert "no part width; there are model, batch, depth, ranks, dataset" in answer.output
+
+
+def test_growth_that_is_not_linear_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scaling.slope([(x, 3 * x**1.5) for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    monkeypatch.setattr(scaling, "_step_seconds", lambda widths, rows, seconds_allowed: 1e-9 * rows**1.5)
+    part = scaling.batch_size()
+    assert not part.met
+    assert "to the power 1.50" in scaling.show(part)
+    assert scaling.show(part).endswith("MISSED")
+
+
+def test_a_result_that_depends_on_the_number_of_ranks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(size: int, batch: int, steps: int) -> dict[str, Any]:
+        return {"seconds": 1e-3, "result": [1.0, 1.0 + 1e-9 * (size == 4)]}
+
+    monkeypatch.setattr(scaling, "_run_ranks", run)
+    part = scaling.ranks()
+    assert not part.met
+    assert [float(row[-1]) for row in part.rows] == [0, 0, pytest.approx(1e-9, rel=0.1), 0]
+
+
+def test_memory_that_grows_with_the_dataset_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "_dataset_step", lambda path, size, steps: (1e-3, size / 10))
+    assert not scaling.dataset_size(quick=True).met
+    monkeypatch.setattr(scaling, "_dataset_step", lambda path, size, steps: (1e-3, 1e6))
+    assert scaling.dataset_size(quick=True).met

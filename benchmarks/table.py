@@ -1,0 +1,172 @@
+"""What `compare.py` prints: the figures of each network, whether both libraries trained the same, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from networks import NETWORKS
+
+SAME_LOSS = 1e-5  # largest relative difference of a loss in the first steps; float32 rounding gives up to about 1e-6
+
+# For each target: how it reads, and for each network that has one the least or largest ratio.
+THROUGHPUT_2 = {"mlp512": 3.5, "mlp2048": 2.4, "cnn": 1.4, "gpt": 2.0}
+THROUGHPUT_1 = {"mlp512": 2.0, "mlp2048": 1.9, "cnn": 1.1, "gpt": 1.6}
+OVER_PRODUCTS = {"mlp512": 1.25, "mlp2048": 1.25, "cnn": 2.0, "gpt": 1.5}
+SCALING, MEMORY, REDUCTION, START, MNIST = 1.9, 0.5, 3.0, 0.4, 0.4
+
+
+def show(results: dict[str, Any]) -> str:
+    """All tables as one text."""
+    parts = [_conditions(results), _times(results), _agreement(results), _targets(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def disagreements(results: dict[str, Any]) -> list[str]:
+    """A line for each network that the libraries did not train alike."""
+    return [
+        f"{NETWORKS[name].title} on {ranks} ranks: losses of the first steps differ by {difference:.1e}, "
+        f"{figures[f'distprop{ranks}']['losses']} in distprop, {figures[f'torch{ranks}']['losses']} in PyTorch"
+        for name, figures in results["networks"].items()
+        for ranks, difference in _differences(figures).items()
+        if not difference <= SAME_LOSS
+    ]
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    known = dict(results.get("conditions", {}))
+    figures = next(iter(results["networks"].values()), None)
+    if figures:
+        known |= {"distprop multiplies with": figures["distprop1"]["blas"]}
+        known |= {"PyTorch": figures["torch1"]["torch"], "PyTorch multiplies with": figures["torch1"]["blas"]}
+    known |= {"threads": "one a rank", "rounds": str(results.get("rounds", ""))}
+    return "\n".join(f"{name + ':':<26}{value}" for name, value in known.items())
+
+
+def _times(results: dict[str, Any]) -> str:
+    header = ["ms a step", "PyTorch 1", "distprop 1", "ratio", "PyTorch 2", "distprop 2", "ratio", "2 over 1"]
+    header += ["compiled (compile s)", "products NumPy", "PyTorch", "step/products", "MB distprop", "PyTorch"]
+    rows = []
+    for name, figures in results["networks"].items():
+        one, two = figures["distprop1"], figures["distprop2"]
+        torch_one, torch_two = figures["torch1"], figures["torch2"]
+        times = [torch_one["seconds"], one["seconds"], torch_two["seconds"], two["seconds"]]
+        ms = [f"{1e3 * seconds:.2f}" for seconds in times]
+        products = one["products_seconds"], torch_one["products_seconds"]
+        rows.append(
+            [
+                NETWORKS[name].title,
+                ms[0],
+                ms[1],
+                f"{times[0] / times[1]:.2f}",
+                ms[2],
+                ms[3],
+                f"{times[2] / times[3]:.2f}",
+            ]
+            + [f"{2 * times[1] / times[3]:.2f}", _compiled(figures.get("compiled"))]
+            + [f"{1e3 * seconds:.2f}" for seconds in products]
+            + [
+                f"{times[1] / products[0]:.2f}",
+                f"{two['peak_bytes'] / 1e6:.0f}",
+                f"{torch_two['peak_bytes'] / 1e6:.0f}",
+            ]
+        )
+    options = [
+        f"- PyTorch's choice for {NETWORKS[name].title}: "
+        + ", ".join(f"{_options(figures[f'torch{ranks}'])} on {ranks} rank{'s' * (ranks > 1)}" for ranks in (1, 2))
+        for name, figures in results["networks"].items()
+    ]
+    return "\n".join([_aligned([header, *rows]), "", *options]) if rows else ""
+
+
+def _compiled(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "not measured"
+    if "error" in figures:
+        return figures["error"]
+    return f"{1e3 * figures['seconds']:.2f} ({figures['compile_seconds']:.0f} s)"
+
+
+def _options(figures: dict[str, Any]) -> str:
+    return " and ".join(name.replace("_", " ") for name, chosen in figures["variant"].items() if chosen) or "defaults"
+
+
+def _agreement(results: dict[str, Any]) -> str:
+    rows = [["largest difference of a loss in the first 5 steps", "1 rank", "2 ranks", ""]]
+    for name, figures in results["networks"].items():
+        found = _differences(figures)
+        same = max(found.values()) <= SAME_LOSS
+        rows.append(
+            [NETWORKS[name].title, *(f"{found[ranks]:.1e}" for ranks in (1, 2)), "same" if same else "DIFFERENT"]
+        )
+    return _aligned(rows) if len(rows) > 1 else ""
+
+
+def _differences(figures: dict[str, Any]) -> dict[int, float]:
+    """By the number of ranks, the largest relative difference of the libraries' losses."""
+    found = {}
+    for ranks in (1, 2):
+        pairs = zip(figures[f"distprop{ranks}"]["losses"], figures[f"torch{ranks}"]["losses"], strict=True)
+        found[ranks] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    return found
+
+
+def _targets(results: dict[str, Any]) -> str:
+    rows = [["target", "", "wanted", "measured", ""]]
+    for title, which, wanted, measured in _target_rows(results):
+        at_least = wanted >= 1 and "over products" not in title
+        met = measured >= wanted if at_least else measured <= wanted
+        rows.append(
+            [title, which, f"{'>=' if at_least else '<='} {wanted}", f"{measured:.2f}", "met" if met else "missed"]
+        )
+    return _aligned(rows) if len(rows) > 1 else ""
+
+
+def _target_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+    """(target, of what, wanted, measured)."""
+    networks = results["networks"]
+
+    def ratio(name: str, above: str, below: str, key: str = "seconds") -> float:
+        return float(networks[name][above][key] / networks[name][below][key])
+
+    for name in networks:
+        yield "throughput of 2 ranks over PyTorch DDP", name, THROUGHPUT_2[name], ratio(name, "torch2", "distprop2")
+    for name in networks:
+        yield "throughput of 1 process over PyTorch", name, THROUGHPUT_1[name], ratio(name, "torch1", "distprop1")
+    for name in networks:
+        yield "samples/s of 2 ranks over 1", name, SCALING, 2 * ratio(name, "distprop1", "distprop2")
+    for name in networks:
+        one = networks[name]["distprop1"]
+        yield "step over products alone", name, OVER_PRODUCTS[name], one["seconds"] / one["products_seconds"]
+    for row in results.get("allreduce", []):
+        megabytes = f"{row['bytes'] / 1e6:g} MB"
+        yield "reduction, library's time over ours", megabytes, REDUCTION, row["library_seconds"] / row["seconds"]
+    for name in networks:
+        yield "peak memory of a rank over PyTorch's", name, MEMORY, ratio(name, "distprop2", "torch2", "peak_bytes")
+    if "mlp512" in networks:
+        yield (
+            "command to first step over torchrun's",
+            "mlp512",
+            START,
+            ratio("mlp512", "distprop2", "torch2", "first_step_seconds"),
+        )
+    mnist = results.get("mnist", {})
+    if "torch" in mnist:
+        yield (
+            "time to 98 % on MNIST over DDP's",
+            "mlp512",
+            MNIST,
+            mnist["distprop"]["seconds"] / mnist["torch"]["seconds"],
+        )
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """A Markdown table whose columns stand below one another."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(first: str, *others: str) -> str:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        return f"| {' | '.join([first.ljust(widths[0]), *right])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(*rows[0]), f"|{rule}|", *(line(*row) for row in rows[1:])])

@@ -1,0 +1,107 @@
+"""benchmarks/compare.py compares what is the same: both libraries train alike, and its table says what was measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import networks
+import table
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def clean_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the example changes sys.path."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+def first_losses(training: Any, name: str) -> list[float]:
+    stream = networks.batches(name, rank=0)
+    return [training.step(*training.convert(*next(stream))) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_both_libraries_train_the_same_network_from_the_same_start(name: str, torch: Any) -> None:
+    from train_distprop import DistpropTraining
+    from train_torch import TorchTraining
+
+    ours, theirs = DistpropTraining(name), TorchTraining(name)
+    assert sum(p.data.size for p in ours.model.parameters()) == sum(p.numel() for p in theirs.model.parameters())
+    losses = first_losses(ours, name)
+    assert len(set(losses)) == 3
+    assert losses == pytest.approx(first_losses(theirs, name), rel=table.SAME_LOSS)
+    options = {"channels_last": networks.NETWORKS[name].images, "fused": True}
+    assert losses == pytest.approx(first_losses(TorchTraining(name, **options), name), rel=table.SAME_LOSS)
+
+
+def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--quick", "--networks", "mlp512", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert answer.returncode == 0, answer.stderr
+    results = json.loads(answer.stdout)
+    figures = results["networks"]["mlp512"]
+    for run in ("torch1", "distprop1", "torch2", "distprop2"):
+        assert figures[run]["seconds"] > 0
+        assert figures[run]["first_step_seconds"] > figures[run]["seconds"]
+        assert figures[run]["peak_bytes"] > 10e6
+    shown = table.show(results)
+    assert "MLP 784-512-512-10" in shown
+    assert "1 thread" in shown
+    assert "throughput of 2 ranks over PyTorch DDP" in shown
+
+
+def figures(seconds: float, **more: Any) -> dict[str, Any]:
+    run = {"seconds": seconds, "losses": [2.0, 1.0], "peak_bytes": 100e6, "first_step_seconds": 1.0}
+    return {**run, "products_seconds": 1e-3, "blas": "BLAS", "torch": "2", "variant": {"fused": True}, **more}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    runs = {
+        "torch1": figures(4e-3),
+        "distprop1": figures(2e-3),
+        "torch2": figures(8e-3, peak_bytes=400e6, first_step_seconds=4.0),
+        "distprop2": figures(4e-3),
+    }
+    reduction = {"bytes": 23_000_000, "seconds": 1e-3, "library_seconds": 4e-3, "repeats": 3}
+    mnist = {"torch": {"seconds": 10.0}, "distprop": {"seconds": 5.0}}
+    return {"networks": {"mlp512": runs}, "allreduce": [reduction], "mnist": mnist, "conditions": {"command": "a"}}
+
+
+def test_targets_say_what_was_wanted_what_was_measured_and_whether_it_is_met(results: dict[str, Any]) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.show(results).splitlines()]
+    answers = {row[0]: row[2:] for row in rows if len(row) == 5}
+    assert answers["throughput of 2 ranks over PyTorch DDP"] == [">= 3.5", "2.00", "missed"]
+    assert answers["throughput of 1 process over PyTorch"] == [">= 2.0", "2.00", "met"]
+    assert answers["samples/s of 2 ranks over 1"] == [">= 1.9", "1.00", "missed"]
+    assert answers["step over products alone"] == ["<= 1.25", "2.00", "missed"]
+    assert answers["reduction, library's time over ours"] == [">= 3.0", "4.00", "met"]
+    assert answers["peak memory of a rank over PyTorch's"] == ["<= 0.5", "0.25", "met"]
+    assert answers["command to first step over torchrun's"] == ["<= 0.4", "0.25", "met"]
+    assert answers["time to 98 % on MNIST over DDP's"] == ["<= 0.4", "0.50", "missed"]
+
+
+def test_a_network_that_trained_otherwise_is_named(results: dict[str, Any]) -> None:
+    assert table.disagreements(results) == []
+    results["networks"]["mlp512"]["distprop2"]["losses"] = [2.0, 1.001]
+    (line,) = table.disagreements(results)
+    assert line.startswith("MLP 784-512-512-10 on 2 ranks: losses of the first steps differ by 1.0e-03")
+    assert "DIFFERENT" in table.show(results)
+
+
+def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(json.dumps(results))
+    other = {"networks": {"cnn": results["networks"]["mlp512"]}, "conditions": {"command": "b"}}
+    files[1].write_text(json.dumps(other))
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--merge", *map(str, files)]
+    answer = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=60, check=True)
+    assert "MLP 784-512-512-10" in answer.stdout
+    assert "CNN" in answer.stdout
+    assert "a; b" in answer.stdout
