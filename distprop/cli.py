@@ -122,13 +122,16 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
     """Time every operation (or those whose name contains one of NAMES) beside PyTorch's, on one thread, in ms."""
     import threadpoolctl
 
-    from distprop.bench.ops import HEADER, bench_ops, show
+    from distprop.bench.ops import HEADER, bench_ops, show, summary
     from distprop.bench.step import blas_description
 
     threadpoolctl.threadpool_limits(1, user_api="blas")
     click.echo(f"BLAS: {blas_description()}\n{HEADER}")
+    table = []
     for times in bench_ops(names, repeats):
+        table.append(times)
         click.echo(show(times))
+    click.echo(summary(table))
 
 
 def _widths(sizes: str) -> list[int]:
