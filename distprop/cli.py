@@ -206,13 +206,16 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
     """Time every operation (or those whose name contains one of NAMES) beside PyTorch's, on one thread, in ms."""
     import threadpoolctl
 
-    from distprop.bench.ops import HEADER, bench_ops, show
+    from distprop.bench.ops import HEADER, bench_ops, show, summary
     from distprop.bench.step import blas_description
 
     threadpoolctl.threadpool_limits(1, user_api="blas")
     click.echo(f"BLAS: {blas_description()}\n{HEADER}")
+    table = []
     for times in bench_ops(names, repeats):
+        table.append(times)
         click.echo(show(times))
+    click.echo(summary(table))
 
 
 @bench.command()
@@ -236,7 +239,7 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
     if comm.size == 1:
         raise Refusal("one rank has nothing to add up; distprop bench allreduce -n 2")
     megabytes = measured.SIZES if sizes is None else _megabytes(sizes)
-    rows = list(measured.bench_allreduce(comm, mpi.MPICommunicator(), megabytes, repeats))
+    rows = list(measured.bench_allreduce(comm, mpi.MPICommunicator(share_memory=False), megabytes, repeats))
     if comm.rank == 0:
         click.echo(json.dumps(measured.as_json(rows)) if as_json else measured.show(rows, comm, mpi.library().name))
 

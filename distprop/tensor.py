@@ -159,7 +159,7 @@ class Tensor:
     def accumulate(self, gradient: Array, target: Array | None) -> None:
         """Add `gradient` to `grad`; called by the tape for leaves."""
         gradient = np.asarray(gradient, self._data.dtype)
-        self._grad = gradient.copy() if self._grad is None else np.asarray(self._grad + gradient)
+        self._grad = gradient.copy("K") if self._grad is None else np.asarray(self._grad + gradient)
 
     def detach(self) -> Tensor:
         """The same values, as a constant."""

@@ -9,8 +9,6 @@ does to it, and the same for a recurrent network, whose gradients explode throug
 """
 
 import argparse
-import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +16,7 @@ import distprop as dp
 from distprop import data, nn
 from distprop import functional as F
 
-WIDTH = 30
+WIDTH = 30  # of every hidden layer
 LENGTHS = (1, 5, 10, 20, 40)  # steps of the recurrent network
 
 
@@ -32,28 +30,23 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-def network(
-    hidden: int,
-    activation: Callable[[], nn.Module] = nn.Sigmoid,
-    init: Callable[[nn.Parameter], object] | None = None,
-    normalise: bool = False,
-    residual: bool = False,
-) -> nn.Sequential:
+def network(hidden: int, activation=nn.Sigmoid, init=None, normalise=False, residual=False) -> nn.Sequential:
     """[784, 30, ..., 30, 10]. Without `init`, as Nielsen: weights normal with variance 1/fan_in, biases N(0, 1)."""
+    dp.manual_seed(1)
     layers: list[nn.Module] = []
     for number in range(hidden):
-        linear = nn.Linear(784 if number == 0 else WIDTH, WIDTH)
+        linear = nn.Linear(WIDTH if number else 784, WIDTH)
         block = nn.Sequential(linear, *([nn.LayerNorm(WIDTH)] if normalise else []), activation())
         layers.append(Residual(block) if residual and number else block)
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
-    for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        if init is None:
-            nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
-            nn.init.normal_(linear.bias)
-        else:
-            init(linear.weight)
-            nn.init.zeros_(linear.bias)
+    for linear in linears(model):
+        (init or (lambda w: nn.init.normal_(w, std=w.shape[1] ** -0.5)))(linear.weight)
+        (nn.init.zeros_ if init else nn.init.normal_)(linear.bias)
     return model
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def learning_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Communicator) -> list[float]:
@@ -62,12 +55,12 @@ def learning_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.C
     (x, y), *_ = data.Loader(images, batch_size=len(images), comm=comm, shuffle=False)
     loss = F.binary_cross_entropy_with_logits(parallel(x), np.eye(10, dtype=np.float32)[y]) * 10
     loss.backward()
-    biases = [module.bias for module in model.modules() if isinstance(module, nn.Linear)]
-    return [float(np.linalg.norm(bias.grad)) for bias in biases[:-1]]
+    return [float(np.linalg.norm(linear.bias.grad)) for linear in linears(model)[:-1]]
 
 
 def through_time(scale: float, steps: int) -> float:
     """‖∂L/∂h₀‖ after `steps` steps of a tanh network near 0 whose recurrent weight scales every vector by `scale`."""
+    dp.manual_seed(1)
     rnn = nn.RNN(WIDTH, WIDTH, batch_first=True)
     nn.init.orthogonal_(rnn.weight_hh_l0, gain=scale)
     nn.init.zeros_(rnn.bias_hh_l0)
@@ -78,9 +71,21 @@ def through_time(scale: float, steps: int) -> float:
     return float(np.linalg.norm(h0.grad))
 
 
-def say(comm: dp.comm.Communicator, text: str) -> None:
-    if comm.rank == 0:
-        print(text)
+def draw(curves: dict[str, list[float]], path: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print('no figure: install matplotlib with pip install "distprop[plots]"')
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, values in curves.items():
+        axes, places = (left, range(1, len(values) + 1)) if name[1] != "." else (right, LENGTHS)
+        axes.semilogy(places, values, marker="o", label=name)
+        axes.legend(fontsize=7)
+    left.set(title="Learning speed", xlabel="hidden layer", xticks=(1, 2, 3, 4), ylabel="‖mean bias gradient‖")
+    right.set(title="Gradient through time", xlabel="steps back", ylabel="‖∂L/∂h₀‖")
+    figure.savefig(path)
+    print(f"\ndrawn into {path}")
 
 
 def main() -> None:
@@ -89,71 +94,33 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--figure", default="vanishing.svg", help="what to draw the tables into: .svg or .png")
     args = parser.parse_args()
-
     comm = dp.world()
+    say = print if comm.rank == 0 else lambda text: None
     images = data.load_mnist(args.root)[0].take(np.arange(args.images))
-    curves: dict[str, list[float]] = {}
 
-    def show(name: str, model: nn.Module) -> None:
-        curves[name] = speeds = learning_speeds(model, images, comm)
-        say(comm, f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
+    say("Vanishing: ‖mean bias gradient‖ of each hidden layer, the first one first")
+    kaiming = {"activation": nn.ReLU, "init": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")}
+    models = {
+        **{f"{hidden} hidden, sigmoid": network(hidden) for hidden in (1, 2, 3, 4)},
+        "4, sigmoid, Xavier": network(4, init=nn.init.xavier_normal_),
+        "4, ReLU, Kaiming": network(4, **kaiming),
+        "4, sigmoid, short cuts": network(4, residual=True),
+        "4, sigmoid, layer norm": network(4, normalise=True),
+        "4, ReLU, Kaiming, layer norm, short cuts": network(4, **kaiming, normalise=True, residual=True),
+    }
+    curves = {name: learning_speeds(model, images, comm) for name, model in models.items()}
+    for name, speeds in curves.items():
+        say(f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
 
-    say(comm, "Vanishing: ‖mean bias gradient‖ of each hidden layer, the first one first")
-    for hidden in (1, 2, 3, 4):
-        dp.manual_seed(1)
-        show(f"{hidden} hidden, sigmoid", network(hidden))
-    remedies = {
-        "4, sigmoid, Xavier": {"init": nn.init.xavier_normal_},
-        "4, ReLU, Kaiming": {"activation": nn.ReLU, "init": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")},
-        "4, sigmoid, short cuts": {"residual": True},
-        "4, sigmoid, layer norm": {"normalise": True},
-        "4, ReLU, Kaiming, layer norm, short cuts": {
-            "activation": nn.ReLU, "init": nn.init.kaiming_normal_, "normalise": True, "residual": True,
-        },
-    }  # fmt: skip
-    for name, options in remedies.items():
-        dp.manual_seed(1)
-        show(name, network(4, **options))
-
-    say(comm, "\nExploding: ‖∂L/∂h₀‖ of a recurrent network after so many steps")
-    say(comm, f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in LENGTHS))
+    say("\nExploding: ‖∂L/∂h₀‖ of a recurrent network after so many steps")
+    say(f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in LENGTHS))
     for scale in (0.8, 1.0, 1.5):
-        dp.manual_seed(1)
-        norms = [through_time(scale, steps) for steps in LENGTHS]
-        curves[f"recurrent, scale {scale}"] = norms
-        say(comm, f"{scale:<42}" + "  ".join(f"{norm:7.3g}" for norm in norms))
-    clipped = [min(norm, 1.0) for norm in curves["recurrent, scale 1.5"]]
-    say(comm, f"{'1.5, clipped to norm 1':<42}" + "  ".join(f"{norm:7.3g}" for norm in clipped))
+        curves[str(scale)] = [through_time(scale, steps) for steps in LENGTHS]
+    curves["1.5, clipped to norm 1"] = [min(norm, 1.0) for norm in curves["1.5"]]
+    for name in list(curves)[-4:]:
+        say(f"{name:<42}" + "  ".join(f"{norm:7.3g}" for norm in curves[name]))
     if comm.rank == 0:
         draw(curves, args.figure)
-
-
-def draw(curves: dict[str, list[float]], path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print('no figure: install matplotlib with pip install "distprop[plots]"')
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for name, values in curves.items():
-        axes = right if name.startswith("recurrent") else left
-        places = LENGTHS if axes is right else range(1, len(values) + 1)
-        axes.semilogy(places, values, marker="o", label=name)
-    left.set(
-        title="Learning speed of each hidden layer",
-        xlabel="hidden layer",
-        xticks=(1, 2, 3, 4),
-        ylabel="‖mean bias gradient‖",
-    )
-    right.set(title="Gradient through time", xlabel="steps back", ylabel="‖∂L/∂h₀‖")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
-    print(f"\ndrawn into {path}")
 
 
 if __name__ == "__main__":

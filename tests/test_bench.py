@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from distprop import functional
 from distprop.bench import scaling
 from distprop.bench.allreduce import bench_allreduce
+from distprop.bench.ops import OperationTimes, cases, summary
 from distprop.cli import main
 from distprop.comm import ThreadCommunicator, run_threads
 
@@ -134,3 +136,28 @@ def test_memory_that_grows_with_the_dataset_is_found(monkeypatch: pytest.MonkeyP
     assert not scaling.dataset_size(quick=True).met
     monkeypatch.setattr(scaling, "_dataset_step", lambda path, size, steps: (1e-3, 1e6))
     assert scaling.dataset_size(quick=True).met
+
+
+def test_ops_times_operations_beside_a_copy() -> None:
+    answer = CliRunner().invoke(main, ["bench", "ops", "max_pool2d 3x3 stride 2", "lstm", "--repeats", "1"])
+    assert answer.exit_code == 0, answer.output
+    for name in ("max_pool2d 3x3 stride 2", "lstm"):
+        assert re.search(rf"^{name} +\d+\.\d( +\d+\.\d{{3}}){{3}}", answer.output, re.MULTILINE)
+    assert re.search(r"^2 operations", answer.output, re.MULTILINE)
+
+
+def test_the_table_of_operations_has_every_operation() -> None:
+    names = [case.name for case in cases()]
+    short = {"scaled_dot_product_attention": "attention"}
+    assert [name for name in functional.__all__ if not any(short.get(name, name) in row for row in names)] == []
+    assert len(set(names)) == len(names)
+
+
+def test_the_closing_line_names_what_comes_near_twice_the_time_and_what_takes_more() -> None:
+    table = [OperationTimes(f"f{ours}", 4.0, ours, ours, 1.0, 1.0, 1.0) for ours in (0.5, 1.7, 2.5)]
+    assert summary(table).splitlines()[1:] == [
+        "more than 2 times: f2.5 (2.50)",
+        "near it, more than 1.6 times: f1.7 (1.70)",
+    ]
+    without = OperationTimes("f", 4.0, 1.0, 1.0, 1.0, None, None)
+    assert summary([without]) == "1 operations; PyTorch is not installed"

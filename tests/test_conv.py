@@ -8,7 +8,7 @@ import pytest
 from distprop import functional as F
 from distprop import nn
 from distprop.buffer import FlatBuffer
-from distprop.functional import correlate, groups, windows
+from distprop.functional import correlate, depthwise, groups, windows
 from distprop.tensor import Parameter, Tensor
 from distprop.testing import check_grads
 from test_functional import TOLERANCE, Case, Operation, assert_close, cotangent, frozen
@@ -105,7 +105,7 @@ def blocks(monkeypatch):
         monkeypatch.setattr(windows, "SHORT_ROW", short_row)
         monkeypatch.setattr(correlate, "BLOCK_BYTES", number)
         monkeypatch.setattr(correlate, "SMALL_PRODUCT", 1)
-        monkeypatch.setattr(groups, "BLOCK_BYTES", number)
+        monkeypatch.setattr(depthwise, "BLOCK_BYTES", number)
 
     return set_bytes
 

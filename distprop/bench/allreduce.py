@@ -1,6 +1,6 @@
 """How long the ranks take to add up an array, beside the MPI library's own blocking Allreduce in the same run.
 
-Both work in place on memory of the same kind that was written just before, as gradients are, and take turns. The time
+Both work in place on memory of `allocate` that was written just before, as gradients are, and take turns. The time
 is that of the slowest rank from a common start; every sum is compared with what it must be.
 """
 
@@ -56,7 +56,7 @@ def _time_in_turns(communicators: Sequence[Communicator], count: int, repeats: i
     rank, size = communicators[0].rank, communicators[0].size
     pattern = (np.arange(count) % _PATTERN).astype(np.float32)
     expected = size * pattern + np.float32(size * (size - 1) // 2)
-    arrays = [np.empty(count, np.float32) for _ in communicators]
+    arrays = [comm.allocate(count, np.float32) for comm in communicators]
     times: list[list[float]] = [[] for _ in communicators]
     for _ in range(repeats + 2):  # the first two warm up
         for comm, array, seconds in zip(communicators, arrays, times, strict=True):
