@@ -14,6 +14,15 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+_TIMEOUT = click.option(
+    "--timeout",
+    type=click.FloatRange(0, 365 * 86400),
+    metavar="SECONDS",
+    help="End the job when a rank makes no progress for so long while others wait for it; 0 for never.  "
+    "[default: DISTPROP_TIMEOUT, or 120]",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distprop")
 def main() -> None:
@@ -24,16 +33,19 @@ def main() -> None:
 @click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
 @click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
+@_TIMEOUT
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments: tuple[str, ...]) -> None:
+def run_command(
+    ranks: int, module: bool, dry_run: bool, timeout: float | None, program: str, arguments: tuple[str, ...]
+) -> None:
     """Run a Python script on N ranks of this host.
 
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
     Several ranks have no standard input.
     """
-    _start(ranks, [program, *arguments], module=module, dry_run=dry_run)
+    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, timeout=timeout)
 
 
 @main.command()
@@ -41,7 +53,8 @@ def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
-def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None) -> None:
+@_TIMEOUT
+def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None, timeout: float | None) -> None:
     """Train what the TOML file CONFIG describes.
 
     Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
@@ -53,7 +66,7 @@ def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | No
         if ranks is not None:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True)
+            _start(ranks, again, module=True, timeout=timeout)
             return
         from distprop.job import train_from_config
 
@@ -141,13 +154,15 @@ def _widths(sizes: str) -> list[int]:
     return widths
 
 
-def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False) -> None:
+def _start(
+    ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False, timeout: float | None = None
+) -> None:
     """Start the ranks and leave with their exit status."""
     from distprop.comm.mpi import MPIMissingError
     from distprop.launch import LaunchError, plan, run
 
     try:
-        job = plan(ranks, program, module=module)
+        job = plan(ranks, program, module=module, timeout_seconds=timeout)
     except (LaunchError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:
