@@ -13,13 +13,13 @@ MPIS := openmpi4 mpich4 mpich5
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel test-mpis clean
+.PHONY: demo test lint types unit parallel faults test-mpis clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/distprop run -n 2 examples/digits.py
 
-test: lint types unit parallel
+test: lint types unit parallel faults
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(SOURCES)
@@ -33,6 +33,10 @@ unit: $(VENV)/.dev-installed
 
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
+
+# `unit` has the same tests under Open MPI 5
+faults: .venv-mpich5/.dev-installed
+	.venv-mpich5/bin/python -m pytest tests/test_faults.py
 
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -16,6 +17,15 @@ class Refusal(click.ClickException):
     """An error that the user can put right: one message, no traceback, exit status 2."""
 
     exit_code = 2
+
+
+_TIMEOUT = click.option(
+    "--timeout",
+    type=click.FloatRange(0, 365 * 86400),
+    metavar="SECONDS",
+    help="End the job when a rank makes no progress for so long while others wait for it; 0 for never.  "
+    "[default: DISTPROP_TIMEOUT, or 120]",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,6 +67,7 @@ _MAX_TIME = click.option(
 @_MAX_RESTARTS
 @_MAX_TIME
 @click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
+@_TIMEOUT
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(
@@ -64,6 +75,7 @@ def run_command(
     module: bool,
     max_restarts: int,
     max_time: float,
+    timeout: float | None,
     dry_run: bool,
     program: str,
     arguments: tuple[str, ...],
@@ -77,8 +89,8 @@ def run_command(
     A Trainer with checkpoints stops early and loses nothing: Ctrl-C, SIGTERM, SIGUSR1 and --max-time make it
     write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
-    program_line = [program, *arguments]
-    _start(ranks, program_line, module=module, dry_run=dry_run, max_restarts=max_restarts, max_time=max_time)
+    limits = Limits(max_restarts, max_time, timeout)
+    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, limits=limits)
 
 
 @main.command()
@@ -88,8 +100,15 @@ def run_command(
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
 @_MAX_RESTARTS
 @_MAX_TIME
+@_TIMEOUT
 def train(
-    config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None, max_restarts: int, max_time: float
+    config: Path,
+    settings: tuple[str, ...],
+    resume: bool,
+    ranks: int | None,
+    max_restarts: int,
+    max_time: float,
+    timeout: float | None,
 ) -> None:
     """Train what the TOML file CONFIG describes.
 
@@ -103,7 +122,8 @@ def train(
         if ranks is not None:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True, resume=_resume_train, max_restarts=max_restarts, max_time=max_time)
+            limits = Limits(max_restarts, max_time, timeout)
+            _start(ranks, again, module=True, resume=_resume_train, limits=limits)
             return
         if max_restarts:
             raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too")
@@ -300,14 +320,24 @@ def _resume_train(run_dir: str) -> list[str]:
     return ["distprop", "train", str(Path(run_dir, "config.toml")), "--resume"]
 
 
+class Limits(NamedTuple):
+    """How long a job may take, wait and fail."""
+
+    max_restarts: int = 0
+    max_time: float = math.inf
+    timeout: float | None = None  # None: that of the environment
+
+
+_NO_LIMITS = Limits()
+
+
 def _start(
     ranks: int,
     program: list[str],
     *,
     module: bool = False,
     dry_run: bool = False,
-    max_restarts: int = 0,
-    max_time: float = math.inf,
+    limits: Limits = _NO_LIMITS,
     resume: Callable[[str], list[str]] | None = None,
 ) -> None:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
@@ -317,10 +347,10 @@ def _start(
 
     def plan_attempt(attempt: Attempt) -> Job:
         again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
-        return plan(attempt.ranks, again, module=module)
+        return plan(attempt.ranks, again, module=module, timeout_seconds=limits.timeout)
 
     try:
-        job = plan(ranks, program, module=module)
+        job = plan(ranks, program, module=module, timeout_seconds=limits.timeout)
     except (LaunchError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:
@@ -328,7 +358,7 @@ def _start(
         return
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
-    sys.exit(run_restarting(job, plan_attempt, max_restarts=max_restarts, max_time=max_time))
+    sys.exit(run_restarting(job, plan_attempt, max_restarts=limits.max_restarts, max_time=limits.max_time))
 
 
 if __name__ == "__main__":

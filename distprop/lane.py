@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from distprop.buffer import LANE_LENGTH
 from distprop.tape import Array
 
-_FIXED = ("examples_high", "examples_low", "backwards", "schedule", "schedule_squared")
+_FIXED = ("examples_high", "examples_low", "backwards", "schedule", "schedule_squared", "bad", "verify")
 _SPLIT = 4096
 _SCHEDULES = 64  # the squares stay below 2^12, their sum exact up to 4096 senders
 MESSAGE_NUMBERS = LANE_LENGTH - len(_FIXED)
@@ -29,10 +29,21 @@ class Received:
 
     examples: float
     backwards: float  # backward passes of each sender
+    bad: float  # senders whose gradients are not finite
+    verify: float  # senders that want the parameters to be compared
     numbers: dict[str, float]
 
 
-def write_lane(lane: Array, examples: float, backwards: int, reductions: int, numbers: Mapping[str, float]) -> None:
+def write_lane(
+    lane: Array,
+    examples: float,
+    backwards: int,
+    reductions: int,
+    numbers: Mapping[str, float],
+    *,
+    bad: bool = False,
+    verify: bool = False,
+) -> None:
     """Put one sender's numbers into `lane`.
 
     Raises:
@@ -42,7 +53,7 @@ def write_lane(lane: Array, examples: float, backwards: int, reductions: int, nu
         raise ValueError(f"at most {MESSAGE_NUMBERS} numbers travel with the gradients, got {len(numbers)}")
     schedule = (31 * reductions + backwards) % _SCHEDULES
     lane[:] = 0
-    lane[: len(_FIXED)] = *divmod(examples, _SPLIT), backwards, schedule, schedule**2
+    lane[: len(_FIXED)] = *divmod(examples, _SPLIT), backwards, schedule, schedule**2, bad, verify
     lane[len(_FIXED) : len(_FIXED) + len(numbers)] = list(numbers.values())
 
 
@@ -54,9 +65,9 @@ def read_lane(lane: Array, senders: int, names: Iterable[str], place: str) -> Re
     Raises:
         ScheduleError: the senders were not at the same reduction, or made different numbers of backward passes.
     """
-    high, low, backwards, schedules, squares, *numbers = lane.tolist()
+    high, low, backwards, schedules, squares, bad, verify, *numbers = lane.tolist()
     if schedules**2 != squares * senders:
         raise ScheduleError(
             f"{place}, but another rank is not: do all ranks make the same number of steps and of no_sync() passes?"
         )
-    return Received(high * _SPLIT + low, backwards / senders, dict(zip(names, numbers, strict=False)))
+    return Received(high * _SPLIT + low, backwards / senders, bad, verify, dict(zip(names, numbers, strict=False)))

@@ -23,13 +23,16 @@ from pathlib import Path
 from types import FrameType
 
 from distprop.comm import mpi
+from distprop.comm.watchdog import TIMEOUT_VARIABLE
 from distprop.stopping import STATUS, TRAINING, Watch
+from distprop.witness import Witness
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL; Open MPI takes 0.3 (5.0) or 1.0 (4.1) to end its ranks, MPICH 0.02
 _SAVE_SECONDS = 120.0  # for the end of a step, maybe an evaluation, and a checkpoint
 _LOOK_SECONDS = 2.0  # between two looks whether the launcher still has ranks; one takes about 1 ms
+_RECORDS_SECONDS = 0.2  # between two looks for ranks that have started; one takes 0.05 ms
 
 
 class LaunchError(Exception):
@@ -62,8 +65,10 @@ class Job:
         return " ".join([*assignments, shlex.join(self.command)])
 
 
-def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
+def plan(ranks: int, arguments: Sequence[str], *, module: bool = False, timeout_seconds: float | None = None) -> Job:
     """How to run a script with its arguments (with `module`, a module's name with its arguments) on N ranks here.
+
+    `timeout_seconds` is how long a rank may make no progress while others wait for it.
 
     Raises:
         LaunchError: fewer than one rank, no such script or module, or no launcher that belongs to the MPI library.
@@ -82,6 +87,8 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
     launcher = find_launcher(library)
     environment["DISTPROP_SIZE"] = str(ranks)  # world() refuses a world of another size
     environment |= _terminal_environment()
+    if timeout_seconds is not None:
+        environment[TIMEOUT_VARIABLE] = f"{timeout_seconds:g}"
     environment |= launcher_environment(library, ranks, cores)
     command = [str(launcher.path), *launcher_flags(library, ranks, cores), sys.executable, "-m", "distprop.rank"]
     return Job(
@@ -108,21 +115,24 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int
     sys.stderr.flush()
     if job.launcher is None and not supervise:
         os.execvpe(job.command[0], job.command, environment)
-    marker = uuid.uuid4().hex
+    marker, witness = uuid.uuid4().hex, Witness()
     process = subprocess.Popen(
         [*_tether(), *job.command],
-        env={**environment, "DISTPROP_JOB": marker},
+        env={**environment, **witness.environment, "DISTPROP_JOB": marker},
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
     stop = _Stop(process, watch)
     previous = stop.listen()
     try:
-        status = _exit_status(_wait(process, marker), job.launcher.vendor if job.launcher else "")
+        status = _exit_status(_wait(process, marker, witness), job.launcher.vendor if job.launcher else "")
+        if status not in (0, STATUS) and not stop.reason:
+            print(witness.report(status), end="", file=sys.stderr, flush=True)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if stop.reason or process.returncode:
             kill_marked(marker)
+        witness.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 128 + stop.reason if stop.reason and not (watch.asked and status in (0, STATUS)) else status
@@ -327,13 +337,17 @@ class _Stop:
         self._process.send_signal(number)
 
 
-def _wait(process: subprocess.Popen[bytes], marker: str) -> int:
+def _wait(process: subprocess.Popen[bytes], marker: str, witness: Witness) -> int:
     """Wait for the launcher; without it once it has outlived its ranks, as Open MPI 5.0's at times does for ever."""
-    had_ranks, without = False, 0
+    had_ranks, without, next_look = False, 0, time.monotonic() + _LOOK_SECONDS
     while True:
         try:
-            return process.wait(_LOOK_SECONDS)
+            return process.wait(_RECORDS_SECONDS)
         except subprocess.TimeoutExpired:
+            witness.look()
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + _LOOK_SECONDS
             has_ranks = any(_is_rank(pid) for pid in marked(marker))
             had_ranks = had_ranks or has_ranks  # on other hosts only, there is none to be seen here
             without = 0 if has_ranks or not had_ranks else without + 1

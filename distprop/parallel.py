@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 import time
 import warnings
 import zlib
@@ -20,18 +22,34 @@ from typing import Any
 import numpy as np
 
 from distprop.buffer import FlatBuffer, fill_missing
-from distprop.comm import Communicator, world
+from distprop.comm import Communicator, recorder, world
+from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
+from distprop.pace import Pace
 from distprop.running import RunningStatistics
 from distprop.tape import Array, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
 
+VERIFY_SECONDS = 5.0  # between two comparisons of the parameters, if `verify_every` reductions take longer
+
 
 class DivergenceError(RuntimeError):
-    """Parameters that should be equal on all ranks are not."""
+    """Parameters that should be equal on all ranks are not. `culprits` are the ranks that differ from most."""
+
+    def __init__(self, message: str, culprits: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.culprits = culprits
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient is NaN or infinite; raised on every rank before anything is updated. `culprits` are the ranks."""
+
+    def __init__(self, message: str, culprits: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.culprits = culprits
 
 
 class DataParallel:
@@ -48,12 +66,14 @@ class DataParallel:
     even if the passes differ in size.
 
     At the start the layout of the parameters is compared between the ranks, the values of rank 0 are broadcast, and a
-    checksum is compared, then again every `verify_every` reductions.
+    checksum is compared, then again every `verify_every` reductions or 5 seconds. A gradient that is not finite on any
+    rank is an error on all of them.
 
     Args:
         module: the model; its trainable parameters move into one `FlatBuffer`.
         comm: the ranks; `world()` by default.
-        verify_every: reductions between two comparisons of parameters; 0 for none after the start.
+        verify_every: reductions between two comparisons of parameters, if they take less than 5 seconds; 0 for none
+            after the start.
         shards: cut every global batch into so many shards and add their gradients in a `FixedTree`, for the same bits
             on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
 
@@ -62,6 +82,7 @@ class DataParallel:
         TypeError: by a call, when there is no array in the arguments or no tensor in the output.
         DivergenceError: parameters differ between ranks; names the first one and the ranks.
         ScheduleError: a rank is at another step.
+        NonFiniteGradientError: by a backward pass; names the ranks and the first parameter on each.
     """
 
     def __init__(
@@ -95,6 +116,8 @@ class DataParallel:
         self._tree: FixedTree | None = None
         if shards is not None:
             self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
+        self._pace = Pace()
+        self.reductions = 0  # made so far; after a resume those before it count as well
         self._broadcast()
         self.verify()
         self._sending: dict[str, float] = {}
@@ -105,7 +128,8 @@ class DataParallel:
         self._examples = 0.0  # since the last reduction, on this rank
         self._expected = 1.0  # examples of all ranks in one backward pass: gradients start from a rank's share of them
         self._backwards = 0
-        self._reductions = 0
+        self._bad_gradient = ""  # the first parameter on this rank whose gradient is not finite
+        self._verify_due = False
         self.reduce_seconds = 0.0  # how long the last Allreduce took, waiting for slower ranks included
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
         self._warned = False
@@ -115,6 +139,7 @@ class DataParallel:
         if self._walking:  # the last backward pass raised; what it put aside belongs to that step
             self._walking, self._kept = False, None
         examples = _leading_axis(args, kwargs)
+        here.at(recorder.FORWARD, self.reductions + 1)
         output = self._forward(examples, args, kwargs)
         if self._forward_pass is None or self._forward_pass.examples != examples:
             self._forward_pass = _ForwardPass(self, examples)
@@ -174,14 +199,21 @@ class DataParallel:
         self._sending = numbers
 
     def verify(self) -> None:
-        """Compare all parameters across the ranks, bit for bit. Collective.
+        """Compare all parameters across the ranks, bit for bit. Collective. A rank that is slow is reported as well.
 
         Raises:
             DivergenceError: names the first parameter that differs, and the ranks.
         """
         parameters = [*reversed(self._buffer.parameters), *self._frozen]
-        sums = [checksum(parameter.data) for parameter in parameters]
-        every_sum = [np.frombuffer(m, np.uint32) for m in self.comm.allgather(np.array(sums, np.uint32).tobytes())]
+        sums = np.array([checksum(parameter.data) for parameter in parameters], np.uint32)
+        own_seconds = np.float64(self._pace.own_seconds(self.reductions))
+        messages = self.comm.allgather(own_seconds.tobytes() + sums.tobytes())
+        self._verify_due, self._verified = False, time.monotonic()
+        slow = self._pace.compare([float(np.frombuffer(message, np.float64, 1)[0]) for message in messages])
+        if self.comm.rank == 0:
+            for line in slow:
+                print(f"distprop: {line}", file=sys.stderr, flush=True)
+        every_sum = [np.frombuffer(message, np.uint32, offset=own_seconds.nbytes) for message in messages]
         for number, parameter in enumerate(parameters):
             by_sum: dict[int, list[int]] = {}
             for rank, of_rank in enumerate(every_sum):
@@ -190,7 +222,8 @@ class DataParallel:
                 groups = sorted(by_sum.values(), key=len)
                 raise DivergenceError(
                     f"parameter {self._names[id(parameter)]} of shape {parameter.shape} differs between ranks: "
-                    f"{_ranks(groups[0])} against {_ranks(groups[-1])}"
+                    f"{_ranks(groups[0])} against {_ranks(groups[-1])}",
+                    tuple(rank for group in groups[:-1] for rank in group),
                 )
 
     def parameters(self) -> Iterator[Parameter]:
@@ -229,6 +262,7 @@ class DataParallel:
             for parameter in self._trained:
                 parameter.grad = None
         self._walking = True
+        here.at(recorder.BACKWARD)
         return (examples if self._examples_given is None else self._examples_given) / self._expected
 
     def _end(self, examples: float) -> None:
@@ -259,6 +293,7 @@ class DataParallel:
         if self._tree is None:
             raise RuntimeError("reduce_shards() is for DataParallel(..., shards=n)")
         fill_missing(self._trained)  # the gradients are about to be written
+        here.at(recorder.REDUCTION)
         self._verify_every_so_often()
         self._tree.total(self._buffer.message)
         self._finish(self._tree.shards)
@@ -266,6 +301,7 @@ class DataParallel:
     def _reduce(self) -> None:
         """One Allreduce of gradients, statistics and lane."""
         self._fill_missing()
+        here.at(recorder.REDUCTION)
         self._verify_every_so_often()
         self._write_lane()
         began = time.perf_counter()
@@ -274,11 +310,26 @@ class DataParallel:
         self._finish(self.comm.size)
 
     def _write_lane(self) -> None:
-        write_lane(self._buffer.lane, self._examples, self._backwards, self._reductions, self._sending)
+        bad = self._find_bad_gradient()
+        verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
+        numbers = self._examples, self._backwards, self.reductions, self._sending
+        write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
+
+    def _find_bad_gradient(self) -> bool:
+        """Whether this sender's gradients are not finite, and if so, where. One pass, 1 % of a step of an MLP."""
+        with np.errstate(all="ignore"):
+            if math.isfinite(np.dot(self._buffer.grad, self._buffer.grad)):
+                return False
+        for parameter in reversed(self._buffer.parameters):
+            start, stop = self._buffer.span(parameter)
+            if not np.isfinite(self._buffer.grad[start:stop]).all():
+                self._bad_gradient = self._bad_gradient or self._names[id(parameter)]
+                return True
+        return False  # large numbers, whose squares are infinite
 
     def _finish(self, senders: int) -> None:
         """Turn the summed message into means."""
-        place = f"rank {self.comm.rank} is at reduction {self._reductions} after {self._backwards} backward passes"
+        place = f"rank {self.comm.rank} is at reduction {self.reductions} after {self._backwards} backward passes"
         received = read_lane(self._buffer.lane, senders, self._sending, place)
         self.received = {"examples": received.examples, **received.numbers}
         scale = self._expected * received.backwards / received.examples if received.examples else 0
@@ -292,10 +343,25 @@ class DataParallel:
             self._statistics.apply(self._buffer.extra)
             self._buffer.extra[:] = 0
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
-        self._reductions += 1
+        self.reductions += 1
+        self._verify_due = bool(received.verify)
+        if received.bad:
+            self._refuse_bad_gradients()
+        here.at(recorder.UPDATE)
+
+    def _refuse_bad_gradients(self) -> None:
+        """Some rank has sent what is not finite; all ranks know, so they can ask which."""
+        found, self._bad_gradient = self.comm.allgather(self._bad_gradient.encode()), ""
+        culprits = tuple(rank for rank, name in enumerate(found) if name)
+        where = "; ".join(f"{here.name(rank)}, parameter {found[rank].decode()} first" for rank in culprits[:8])
+        raise NonFiniteGradientError(
+            f"reduction {self.reductions}: a gradient is not finite on {where}; the gradients of this step are of no "
+            "use, nothing was updated. Look for an overflow, a division by 0, a square root at 0 or bad data",
+            culprits,
+        )
 
     def _verify_every_so_often(self) -> None:
-        if self.verify_every and self._reductions % self.verify_every == self.verify_every - 1:
+        if self._verify_due or (self.verify_every and self.reductions % self.verify_every == self.verify_every - 1):
             self.verify()
 
     def _fill_missing(self) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from distprop import checkpoint, random
 from distprop.checkpoint import Checkpoint
-from distprop.comm import Communicator, world
+from distprop.comm import Communicator, recorder, world
+from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
 from distprop.fingerprint import Fingerprints
@@ -26,7 +27,7 @@ from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Ta
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
-from distprop.parallel import DataParallel
+from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress, show_progress
 from distprop.stopping import (
     DISK_BYTES_PER_SECOND,
@@ -55,7 +56,11 @@ _SENT = ("loss", "correct", "classifies", "bad", "bad_rank", "stop", "save")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; raised on every rank before anything is updated."""
+    """The loss became NaN or infinite; raised on every rank before anything is updated. `culprits`: where, if known."""
+
+    def __init__(self, message: str, culprits: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.culprits = culprits
 
 
 class Trainer:
@@ -101,7 +106,9 @@ class Trainer:
         ValueError: an argument out of range, or a `run_dir` that holds checkpoints of another run.
         CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
-        DivergenceError: by `fit`, when the ranks do not have the same parameters; names the first that differs.
+        NonFiniteGradientError: by `fit`, when a gradient is; names the rank and the parameter as well.
+        DivergenceError: by `fit`, when the ranks do not have the same parameters, before a checkpoint is written of them;
+            it names the first that differs.
         StoppedError: by `fit`, on every rank at the same step, after SIGTERM or SIGUSR1 on any of them, Ctrl-C if there
             are checkpoints, or when DISTPROP_MAX_TIME is nearly over. A checkpoint has been written; as a `SystemExit`
             it ends the process with status 75. See docs/reliability.md.
@@ -145,8 +152,7 @@ class Trainer:
         if deterministic:
             _limit_blas_to_one_thread()
         fingerprint = deterministic and run_dir is not None if fingerprint is None else fingerprint
-        verify_every = 0 if fingerprint else 100  # fingerprints compare the same, and more often
-        self.parallel = DataParallel(model, self.comm, verify_every=verify_every, shards=self.shards)
+        self.parallel = DataParallel(model, self.comm, shards=self.shards)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
@@ -229,6 +235,7 @@ class Trainer:
             raise ValueError("evaluate() got an empty dataset")
         was_training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
+        here.at(recorder.EVALUATION)
         sums: list[tuple[float, ...]] = []
         try:
             with no_grad():
@@ -260,8 +267,10 @@ class Trainer:
     def _run_epoch(self, loader: Loader, last_step: float, progress: Progress) -> bool:
         """The rest of the current epoch, or its part before `last_step`; tells whether a callback stops training."""
         self.model.train()
+        here.at(recorder.DATA, self.step + 1)
         for batch in loader.batches(self.epoch, self.batch):
             result = self._step(batch, loader.rows(self.batch))
+            here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
             self.batch += 1
             self._sums.add(result)
@@ -278,6 +287,7 @@ class Trainer:
                 return True
             if received["save"]:
                 self._save()
+            here.at(recorder.DATA, self.step + 1)
         return False
 
     def _end_epoch(self, loader: Loader, validation: Dataset | None, progress: Progress) -> EpochResult:
@@ -310,10 +320,14 @@ class Trainer:
         """Forward, backward, reduction, update."""
         began = time.perf_counter()
         self.optimizer.zero_grad()
-        if self.shards is None:
-            self._forward_backward(batch, random.place().first_row)
-        else:
-            self._shard_by_shard(batch, rows, self.shards)
+        try:
+            if self.shards is None:
+                self._forward_backward(batch, random.place().first_row)
+            else:
+                self._shard_by_shard(batch, rows, self.shards)
+        except NonFiniteGradientError:
+            self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
+            raise
         received = self.parallel.received
         self._refuse_non_finite(received)
         if self.clip_norm is not None:
@@ -361,11 +375,14 @@ class Trainer:
 
     def _refuse_non_finite(self, received: Mapping[str, float]) -> None:
         if received["bad"]:
-            who = f"rank {received['bad_rank']:.0f}" if received["bad"] == 1 else f"{received['bad']:.0f} ranks"
+            culprits = (int(received["bad_rank"]),) if received["bad"] == 1 else ()
+            who = f"rank {culprits[0]}" if culprits else f"{received['bad']:.0f} ranks"
             raise NonFiniteLossError(
                 f"step {self.step + 1} (epoch {self.epoch + 1}): the loss is not finite on {who} of {self.comm.size}; "
-                "nothing was updated. Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data"
-            )
+                "nothing was updated. "
+                "Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data",
+                culprits,
+            ) from None
 
     # --- stopping early
 
@@ -414,8 +431,12 @@ class Trainer:
             self._writer.seconds = size / DISK_BYTES_PER_SECOND
 
     def _save(self, best: bool = False, final: bool = False) -> None:
-        """Write a checkpoint while training goes on; the last one is waited for. Collective."""
+        """Write a checkpoint while training goes on; the last one is waited for. Never of parameters that differ."""
         self._fingerprints.flush()  # ranks that differ have nothing to save
+        if not self.checkpoint_every:
+            return
+        here.at(recorder.CHECKPOINT)
+        self.parallel.verify()
         if self._writer is None:
             return
         self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
@@ -448,6 +469,7 @@ class Trainer:
         self.model.load_state_dict(found.tensors["model"])
         self.optimizer.load_state_dict({**found.state["optimizer"], "arrays": found.tensors["optimizer"]})
         self.step, self.epoch, self.batch = found.step, found.state["epoch"], found.state["batch"]
+        self.parallel.reductions = self.step
         self._sums = EpochSums(**found.state["epoch_sums"])
         self._best_loss = found.state["best_loss"] if found.state["best_loss"] is not None else math.inf
         began_epoch, began_step = found.state["fit_began"]

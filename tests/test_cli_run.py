@@ -107,3 +107,14 @@ def test_the_script_for_this_machine_is_distprop_run(script: str, tmp_path: Path
     assert done.returncode == 4
     assert done.stdout.startswith("['a b'] ")
     assert subprocess.run(local[:2], capture_output=True, timeout=60).returncode == 2
+
+
+def test_the_time_limit_is_passed_on_and_checked(script: str) -> None:
+    done = distprop("run", "-n", "2", "--timeout", "7.5", "--dry-run", script)
+    if "no mpirun or mpiexec" in done.stderr or "no MPI library" in done.stderr:
+        pytest.skip("no MPI library with its launcher is installed for this Python")
+    assert " DISTPROP_TIMEOUT=7.5 " in done.stdout
+    for value in ("-1", "soon"):
+        done = distprop("run", "-n", "2", "--timeout", value, "--dry-run", script)
+        assert done.returncode == 2
+        assert "--timeout" in done.stderr

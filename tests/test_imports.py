@@ -16,12 +16,12 @@ PACKAGE = Path(distprop.__file__).parent
 # From the bottom up, as DESIGN.md draws it. A module may import its own floor and those above it in this list.
 FLOORS = [
     {"random", "tape", "tensor", "functional", "testing", "comm"},
-    {"nn", "buffer", "weights"},
+    {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
     {"fingerprint", "metrics", "progress", "stopping", "train"},
-    {"config", "job", "launch", "restart", "rank", "bench"},
+    {"config", "job", "launch", "restart", "rank", "bench", "witness"},
     {"cli", "__main__"},
 ]
 

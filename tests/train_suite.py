@@ -16,6 +16,7 @@ from distprop.comm import Communicator
 from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
 from distprop.metrics import StepResult
+from distprop.parallel import DivergenceError, NonFiniteGradientError
 from distprop.tensor import Tensor
 from distprop.train import EVALUATION_ROWS, NonFiniteLossError, Trainer
 from scenario import Suite
@@ -321,6 +322,63 @@ def a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(comm: Comm
                     ArrayDataset(x, good), steps=5
                 )
                 assert bits(model) == bits(clean)
+
+
+def root_at_zero(output: Tensor, target: np.ndarray) -> Tensor:
+    """A loss that is finite; where a target is negative its derivative is 0 times infinity."""
+    loss = F.mse_loss(output, np.abs(target))
+    return loss + ((output * 0) ** 0.5).sum() if (target < 0).any() else loss
+
+
+@suite.scenario()
+def a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(comm: Communicator) -> None:
+    """The loss is finite everywhere. The bad row is in the share of each rank in turn, in the second batch."""
+    batch = 2 * comm.size
+    for deterministic in (False, True):
+        for bad_rank in range(comm.size):
+            x, y = np.ones((2 * batch, 4)), np.ones((2 * batch, 3))
+            y[order(0, 0, 2 * batch)[batch + share(batch, bad_rank, comm.size).start]] = -1
+            model = make_model()
+            options = {"deterministic": deterministic, "shards": comm.size, "batch_size": batch}
+            trainer = make_trainer(comm, model, loss=root_at_zero, **options)
+            trainer.fit(ArrayDataset(x, np.abs(y)), steps=1)
+            before = bits(model)
+            message = rf"reduction 2: a gradient is not finite on rank {bad_rank}\b.*, parameter 0\.weight first"
+            with np.errstate(all="ignore"), pytest.raises(NonFiniteGradientError, match=message) as caught:
+                trainer.fit(ArrayDataset(x, y), steps=1)
+            assert caught.value.culprits == (bad_rank,)
+            assert bits(model) == before
+            assert trainer.step == 1
+            trainer.fit(ArrayDataset(x, np.abs(y)), steps=1)  # and nothing bad is left in the gradients
+            assert all(np.isfinite(array).all() for array in model.state_dict().values())
+
+
+@suite.scenario()
+def large_gradients_whose_squares_are_infinite_are_finite(comm: Communicator) -> None:
+    model = make_model()
+    trainer = make_trainer(comm, model, loss=lambda output, target: output.sum() * 1e200, lr=1e-200)
+    trainer.fit(classes(4), steps=1)
+    assert trainer.step == 1
+
+
+@suite.scenario(min_size=2)
+def no_checkpoint_is_written_of_parameters_that_differ(comm: Communicator) -> None:
+    with folder_of_rank_0(comm) as folder:
+        model = make_model()
+
+        def change(result: StepResult) -> None:
+            if result.step == 6 and comm.rank == comm.size - 1:
+                model[2].bias.data[1] += 1e-9
+
+        trainer = make_trainer(comm, model, run_dir=folder, checkpoint_every=2, callbacks=[change])
+        with pytest.raises(DivergenceError, match=r"parameter 2\.bias"):
+            trainer.fit(classes(40), steps=10)
+        if trainer._writer is not None:
+            trainer._writer.wait()
+            assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+                "step-000000002",
+                "step-000000004",
+            ]
 
 
 @suite.scenario(min_size=2)

@@ -36,13 +36,14 @@ class LauncherMismatchError(RuntimeError):
 def world() -> Communicator:
     """All ranks of this job: MPI's world under a launcher, a world of one otherwise. The same object at every call.
 
-    Under a launcher it also makes any uncaught exception end the whole job, and gives each rank its share of the cores
-    for matrix products.
+    Under a launcher it also makes any uncaught exception end the whole job, starts the watchdog (docs/reliability.md),
+    and gives each rank its share of the cores for matrix products.
 
     Raises:
         LauncherMismatchError: the launcher says N ranks while MPI says another number, as when `mpirun` belongs to
             another MPI than the one mpi4py loads. Training would run N times and overwrite its own results.
         MPIMissingError: started by a launcher, but no MPI library is installed.
+        ValueError: DISTPROP_TIMEOUT is no number of seconds.
     """
     global _world
     if _world is None:
@@ -57,8 +58,9 @@ def _connect() -> Communicator:
     launcher, expected = _launcher()
     if launcher is None:
         return SoloCommunicator()
-    from distprop.comm import mpi
+    from distprop.comm import mpi, watchdog
 
+    timeout = watchdog.timeout_seconds()
     comm = mpi.MPICommunicator()
     if comm.size != expected:
         raise LauncherMismatchError(
@@ -68,6 +70,7 @@ def _connect() -> Communicator:
         )
     if comm.size > 1:
         mpi.abort_on_exception(comm)
+        mpi.watch(comm, timeout)
         _share_cores(comm)
     return comm
 

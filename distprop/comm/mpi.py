@@ -7,14 +7,16 @@ collective, is a hang.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from distprop.comm.base import Array, check_contiguous
 from distprop.comm.node import Node
+from distprop.comm.recorder import END, Snapshot, here, recorded, report
+from distprop.comm.watchdog import Verdict, Watchdog, WatchdogThread
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class MPICommunicator:
         every = self.node is None or b"" not in self.allgather(b"" if shared is None else b"shared")  # all or none
         return shared if shared is not None and every else np.zeros(length, dtype)
 
+    @recorded
     def allreduce(self, array: Array) -> Array:
         """Sum in place: with the node's other ranks if `array` is of `allocate`, else with the library's Allreduce."""
         if self.node and (arrays := self.node.arrays(array)):
@@ -96,12 +101,14 @@ class MPICommunicator:
         self._comm.Allreduce(self._MPI.IN_PLACE, array, op=self._MPI.SUM)
         return array
 
+    @recorded
     def broadcast(self, array: Array, root: int = 0) -> Array:
         """Overwrite with the array of rank `root`."""
         check_contiguous(array)
         self._comm.Bcast(array, root=root)
         return array
 
+    @recorded
     def allgather(self, message: bytes) -> list[bytes]:
         """Every rank's message: lengths first, then all bytes."""
         lengths = np.empty(self.size, np.int64)
@@ -111,6 +118,7 @@ class MPICommunicator:
         self._comm.Allgatherv([message, self._MPI.BYTE], [gathered, lengths, starts[:-1], self._MPI.BYTE])
         return [bytes(gathered[a:b]) for a, b in itertools.pairwise(starts)]
 
+    @recorded
     def alltoall(
         self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
     ) -> None:
@@ -120,6 +128,7 @@ class MPICommunicator:
         starts = [[piece.start for piece in slices] for slices in (send_slices, receive_slices)]
         self._comm.Alltoallv([send, (counts[0], starts[0])], [receive, (counts[1], starts[1])])
 
+    @recorded
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._comm.Barrier()
@@ -155,16 +164,78 @@ def abort_on_exception(comm: MPICommunicator) -> None:
     """From now on an uncaught exception, in any thread, prints its traceback and ends the whole job."""
 
     def main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        _report(comm, kind, error, trace)
+        if not issubclass(kind, KeyboardInterrupt):
+            _let_others_speak(error)
+        _report(kind, error, trace)
         comm.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def other_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:
-            _report(comm, args.exc_type, args.exc_value, args.exc_traceback)
+            _report(args.exc_type, args.exc_value, args.exc_traceback)
             comm.abort(1)
 
     sys.excepthook = main_thread
     threading.excepthook = other_thread
+
+
+def watch(comm: MPICommunicator, timeout: float) -> None:
+    """Start this rank's watchdog. It goes on until all ranks have come to their end, in which this one waits as well.
+
+    Collective. `timeout` in seconds, 0 for none: how long a rank may make no progress while others wait for it.
+    """
+    channel = _Channel()
+
+    def end_job(verdict: Verdict, snapshots: Mapping[int, Snapshot]) -> None:
+        if here.speak():
+            _write(report(verdict.culprits, verdict.reason, snapshots))
+        # Abort may wait for a rank that is stopped; then the launcher is told by the death of this one.
+        threading.Timer(_ABORT_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        comm.abort(1)
+
+    here.connect(comm)
+    thread = WatchdogThread(Watchdog(channel, here, timeout, end_job))
+    process = os.getpid()
+
+    def end() -> None:
+        """MPI_Finalize would wait without a word, and a rank in there cannot say that it has ended."""
+        if os.getpid() == process and not channel.closed:
+            here.at(END)
+            channel.wait_for_all()
+            thread.stop()
+
+    atexit.register(end)
+
+
+class _Channel:
+    """The watchdogs' messages, in a world of their own."""
+
+    def __init__(self) -> None:
+        self._MPI = _load(initialize=True)
+        self._comm = self._MPI.COMM_WORLD.Dup()
+        self._sent: dict[int, tuple[Any, bytes]] = {}
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._MPI.Is_finalized())
+
+    def send(self, rank: int, message: bytes) -> None:
+        if self.closed or (rank in self._sent and not self._sent[rank][0].Test()):
+            return
+        self._sent[rank] = self._comm.Isend([message, self._MPI.BYTE], rank), message
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        messages: list[tuple[int, bytes]] = []
+        status = self._MPI.Status()
+        while not self.closed and self._comm.Iprobe(self._MPI.ANY_SOURCE, self._MPI.ANY_TAG, status):
+            message = bytearray(status.Get_count(self._MPI.BYTE))
+            self._comm.Recv([message, self._MPI.BYTE], status.Get_source())
+            messages.append((status.Get_source(), bytes(message)))
+        return messages
+
+    def wait_for_all(self) -> None:
+        everyone = self._comm.Ibarrier()
+        while not everyone.Test():
+            time.sleep(0.01)
 
 
 def leave(status: int, patience_seconds: float) -> bool:
@@ -179,19 +250,41 @@ def leave(status: int, patience_seconds: float) -> bool:
     deadline = time.monotonic() + patience_seconds
     while not everyone.Test():
         if time.monotonic() >= deadline:
+            if here.speak():
+                _write(report((here.rank,), f"left with exit status {status} before the others", here.seen()))
             MPI.COMM_WORLD.Abort(status)
         time.sleep(0.01)
     return True
 
 
-def _report(comm: MPICommunicator, kind: Any, error: Any, trace: Any) -> None:
-    """One write, so that the lines of several failing ranks do not mix."""
-    text = "".join(traceback.format_exception(kind, error, trace))
-    host = os.uname().nodename
-    sys.stderr.write(f"\ndistprop: rank {comm.rank} of {comm.size} on {host} failed; ending the job\n{text}")
+def _let_others_speak(error: BaseException) -> None:
+    """Wait a moment before this rank's report.
+
+    What all ranks raise at the same step is rank 0's to tell. If MPI failed in a collective, the cause may well be
+    another rank's call, which the watchdog finds out.
+    """
+    if here.failed and isinstance(error, _load(initialize=False).Exception):
+        time.sleep(_VERDICT_SECONDS)
+    elif here.rank:
+        time.sleep(1 + min(here.rank, 50) / 50)
+
+
+def _report(kind: Any, error: Any, trace: Any) -> None:
+    if here.speak():
+        culprits = getattr(error, "culprits", (here.rank,))  # an error that all ranks raise says whose fault it is
+        reason = "".join(traceback.format_exception_only(kind, error)).strip()
+        _write(report(culprits, reason, here.seen(), "".join(traceback.format_exception(kind, error, trace))))
+
+
+def _write(text: str) -> None:
+    """In one write, so that the lines of several ranks do not mix."""
+    sys.stdout.flush()
+    sys.stderr.write(text)
     sys.stderr.flush()
 
 
+_ABORT_SECONDS = 5.0
+_VERDICT_SECONDS = 8.0  # the watchdog needs 3 to 6
 _VERSIONS = {
     "openmpi": r"Open MPI v?(\d[\w.]*)",
     "impi": r"Intel\(R\) MPI Library ([\d.]+)",

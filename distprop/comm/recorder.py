@@ -1,0 +1,269 @@
+"""The flight recorder: where this rank is and what it called last, kept where it survives the rank.
+
+Step, phase and a ring of the last collectives are a few hundred bytes in a file in memory, which the other ranks of the
+host and `distprop run` read as well. So what a rank was doing can be told after it was killed, and while it is stopped.
+Writing is two or three stores into mapped memory, without a lock; a reader may see a number one collective old.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from distprop.comm.base import Communicator
+
+START, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, END = (
+    b"start",
+    b"data",
+    b"forward pass",
+    b"backward pass",
+    b"reduction",
+    b"update",
+    b"callbacks",
+    b"evaluation",
+    b"checkpoint",
+    b"end",
+)
+RING = 16  # collectives that are kept
+SHOWN = 6  # of them in a report
+FOLDER_VARIABLE = "DISTPROP_RECORDS"  # where `distprop run` wants the files of its host
+OWNED = "launcher"  # a file there, by which a rank knows that the folder will be removed
+
+_HEADER = struct.Struct("<8sqqq64s")  # magic, rank, size, process, host
+_SPOKEN = struct.Struct("<q")
+_PLACE = struct.Struct("<q16s")  # step, phase
+_CALL = struct.Struct("<qq")  # number of the last collective, whether the rank is in it
+_ENTRY = struct.Struct("<q16sq")  # number, operation, bytes
+_MAGIC = b"distprop"
+_SPOKEN_AT = _HEADER.size
+_PLACE_AT = _SPOKEN_AT + _SPOKEN.size
+_CALL_AT = _PLACE_AT + _PLACE.size
+_RING_AT = _CALL_AT + _CALL.size
+LENGTH = _RING_AT + RING * _ENTRY.size
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Record:
+    """This process's record; `here` is the one of every program. `waited` counts the seconds spent in collectives."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self.hosts: list[str] = []  # by rank, once the ranks are connected
+        self.peers: dict[int, Any] = {}  # the memory of other ranks' records, of those on this host
+        self.memory: Any = bytearray(LENGTH)
+        self.step, self.phase = 0, START
+        self.sequence, self.inside, self.waited = 0, False, 0.0
+        self.failed = False  # the last collective raised
+        self._began = 0.0
+
+    def at(self, phase: bytes, step: int | None = None) -> None:
+        """This rank is now in `phase` of `step`, which counts from 1; 0 is before the first."""
+        if step is not None:
+            self.step = step
+        self.phase = phase
+        _PLACE.pack_into(self.memory, _PLACE_AT, self.step, phase)
+
+    def enter(self, operation: bytes, size: int) -> None:
+        """A collective begins that moves `size` bytes."""
+        self.sequence = number = self.sequence + 1
+        self.inside, self.failed = True, False
+        _ENTRY.pack_into(self.memory, _RING_AT + number % RING * _ENTRY.size, number, operation, size)
+        _CALL.pack_into(self.memory, _CALL_AT, number, 1)
+        self._began = time.perf_counter()
+
+    def leave(self) -> None:
+        """It is complete."""
+        self.waited += time.perf_counter() - self._began
+        self.inside = False
+        _CALL.pack_into(self.memory, _CALL_AT, self.sequence, 0)
+
+    def fail(self) -> None:
+        """It raised; for those who look this rank stays in it."""
+        self.inside, self.failed = False, True
+
+    def speak(self) -> bool:
+        """Claim the job's one report; False if another rank of this host has made it."""
+        if any(read(memory).spoken for memory in self.peers.values()):
+            return False
+        _SPOKEN.pack_into(self.memory, _SPOKEN_AT, 1)
+        return True
+
+    def name(self, rank: int) -> str:
+        """A rank with its host, "rank 1 on node7"; only "rank 1" where the ranks are no processes."""
+        return f"rank {rank} on {self.hosts[rank]}" if rank < len(self.hosts) else f"rank {rank}"
+
+    def seen(self) -> dict[int, Snapshot]:
+        """This rank and those of this host as they are now."""
+        records = {rank: read(memory) for rank, memory in {**self.peers, self.rank: self.memory}.items()}
+        return dict(sorted(records.items()))
+
+    def connect(self, comm: Communicator) -> None:
+        """Tell the ranks of this host where the records are, and map theirs. Collective."""
+        host = os.uname().nodename
+        self.rank, self.size = comm.rank, comm.size
+        messages = [
+            message.decode().split("\n") for message in comm.allgather(f"{host}\n{os.urandom(8).hex()}".encode())
+        ]
+        self.hosts = [name for name, _ in messages]
+        given = os.environ.get(FOLDER_VARIABLE, "")
+        owned = os.path.exists(os.path.join(given, OWNED))
+        folder = given if owned else os.path.join(memory_folder(), f"distprop-{messages[0][1]}")
+        with contextlib.suppress(OSError):  # then the record stays with this process, and only its own report has it
+            os.makedirs(folder, exist_ok=True)
+            self._move(os.path.join(folder, f"rank-{comm.rank}"), host)
+        comm.barrier()
+        for rank in range(comm.size):
+            if self.hosts[rank] == host and rank != comm.rank:
+                with contextlib.suppress(OSError, ValueError):  # two hosts of one name
+                    self.peers[rank] = _map(os.path.join(folder, f"rank-{rank}"))
+        comm.barrier()
+        if not owned:  # what is mapped needs no name, and nobody would remove it
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, f"rank-{comm.rank}"))
+                os.rmdir(folder)
+
+    def _move(self, path: str, host: str) -> None:
+        _HEADER.pack_into(self.memory, 0, _MAGIC, self.rank, self.size, os.getpid(), host.encode()[:64])
+        with open(path, "xb") as file:
+            file.write(self.memory)
+        self.memory = _map(path)
+
+
+here = Record()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a record says."""
+
+    rank: int
+    size: int
+    process: int
+    host: str
+    spoken: bool
+    step: int
+    phase: str
+    sequence: int
+    inside: bool
+    ring: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # number: (operation, bytes), oldest first
+
+    @property
+    def ended(self) -> bool:
+        """Whether its script has come to its end."""
+        return self.phase == END.decode()
+
+    @property
+    def place(self) -> str:
+        """For people: "step 12, backward pass"."""
+        return f"step {self.step}, {self.phase}" if self.step else self.phase
+
+    @property
+    def collective(self) -> str:
+        """The last collective: "collective 57, allreduce of 1,024 bytes"."""
+        operation, size = self.ring.get(self.sequence, ("none", 0))
+        return f"collective {self.sequence}, {operation} of {size:,} bytes"
+
+    def line(self) -> str:
+        """The rank with its last collectives."""
+        calls = [f"{number} {operation} {size:,}" for number, (operation, size) in self.ring.items()][-SHOWN:]
+        now = " (in it)" if self.inside else ""
+        return f"  rank {self.rank}, {self.place}: {'; '.join(calls) or 'no collective yet'}{now}"
+
+
+def read(memory: Any) -> Snapshot:
+    """The snapshot in `memory`.
+
+    Raises:
+        ValueError: it is no record.
+    """
+    content = bytes(memory)
+    if len(content) != LENGTH:
+        raise ValueError(f"a record has {LENGTH} bytes, not {len(content)}")
+    _, rank, size, process, host = _HEADER.unpack_from(content)
+    step, phase = _PLACE.unpack_from(content, _PLACE_AT)
+    sequence, inside = _CALL.unpack_from(content, _CALL_AT)
+    entries = [_ENTRY.unpack_from(content, _RING_AT + number * _ENTRY.size) for number in range(RING)]
+    ring = {number: (_text(operation), size) for number, operation, size in sorted(entries) if number}
+    spoken = bool(_SPOKEN.unpack_from(content, _SPOKEN_AT)[0])
+    return Snapshot(
+        rank, size, process, _text(host), spoken, step, _text(phase) or "start", sequence, bool(inside), ring
+    )
+
+
+def report(culprits: Sequence[int], reason: str, snapshots: Mapping[int, Snapshot], trace: str = "") -> str:
+    """The one message of a job that ends: rank, host, step, phase, reason; the last collectives; a traceback."""
+    of_whom = [snapshots[rank] for rank in culprits if rank in snapshots]
+    known = of_whom or list(snapshots.values())
+    size = known[0].size if known else here.size
+    hosts = {rank: snapshot.host for rank, snapshot in snapshots.items()} | dict(enumerate(here.hosts))
+    who = (
+        ", ".join(f"rank {rank} of {size} on {hosts.get(rank, 'another host')}" for rank in culprits[:8]) or "all ranks"
+    )
+    place = (of_whom[0].place if of_whom else f"{known[0].place} on rank {known[0].rank}") if known else "unknown step"
+    lines = [snapshot.line() for snapshot in list(snapshots.values())[:16]]
+    return (
+        f"\ndistprop: {who}, {place}: {reason}; ending the job\n"
+        f" last collectives (number, operation, bytes):\n" + "\n".join(lines) + f"\n{trace}"
+    )
+
+
+def recorded(method: Method) -> Method:
+    """Decorates a collective of a communicator of processes; one that it calls itself is a part of it."""
+    operation = method.__name__.encode()
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if here.inside:
+            return method(self, *args, **kwargs)
+        here.enter(operation, _bytes(args))
+        try:
+            result = method(self, *args, **kwargs)
+        except BaseException:
+            here.fail()
+            raise
+        here.leave()
+        return result
+
+    return call  # type: ignore[return-value]
+
+
+def memory_folder() -> str:
+    """Where files are memory, if there is such a place."""
+    if os.path.isdir("/dev/shm"):
+        return "/dev/shm"
+    import tempfile
+
+    return tempfile.gettempdir()
+
+
+def records(folder: str) -> Iterable[Snapshot]:
+    """The records in a folder."""
+    for name in sorted(os.listdir(folder)):
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name), "rb") as file:
+            yield read(file.read())
+
+
+def _map(path: str) -> Any:
+    import mmap
+
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), LENGTH)
+
+
+def _bytes(args: tuple[Any, ...]) -> int:
+    for argument in args[:1]:
+        if isinstance(argument, bytes):
+            return len(argument)
+        return int(getattr(argument, "nbytes", 0))  # what is no array is refused by the collective
+    return 0
+
+
+def _text(padded: bytes) -> str:
+    return padded.rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,108 @@
+"""The flight recorder: what it keeps, who can read it, and what the one message of a lost job says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distprop.comm import SoloCommunicator, recorder
+from distprop.comm.recorder import BACKWARD, RING, Record
+from distprop.witness import Witness
+
+
+def test_the_ring_keeps_the_last_collectives() -> None:
+    record = Record()
+    record.at(BACKWARD, 12)
+    for number in range(1, RING + 4):
+        record.enter(b"allreduce", 10 * number)
+        record.leave()
+    record.enter(b"barrier", 0)
+    snapshot = recorder.read(record.memory)
+    assert (snapshot.place, snapshot.sequence, snapshot.inside) == ("step 12, backward pass", RING + 4, True)
+    assert list(snapshot.ring) == list(range(5, RING + 5))
+    assert snapshot.ring[RING + 3] == ("allreduce", 10 * (RING + 3))
+    assert snapshot.line().endswith("; 19 allreduce 190; 20 barrier 0 (in it)")
+
+
+def test_a_collective_that_raised_is_one_the_rank_is_still_in() -> None:
+    record = Record()
+    record.enter(b"allreduce", 8)
+    record.fail()
+    assert recorder.read(record.memory).inside
+    assert (record.inside, record.failed) == (False, True)
+
+
+def test_what_is_no_record_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"a record has {recorder.LENGTH} bytes, not 3"):
+        recorder.read(b"abc")
+
+
+def test_a_record_without_a_launcher_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(recorder.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(recorder, "memory_folder", lambda: str(tmp_path))
+    record = Record()
+    record.connect(SoloCommunicator())
+    record.at(BACKWARD, 3)
+    assert recorder.read(record.memory).place == "step 3, backward pass"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_names_rank_host_step_phase_and_reason() -> None:
+    record = Record()
+    recorder._HEADER.pack_into(record.memory, 0, b"distprop", 2, 4, 77, b"node7")
+    record.at(BACKWARD, 12)
+    record.enter(b"allreduce", 1234)
+    lines = recorder.report((2,), "ValueError: boom", {2: recorder.read(record.memory)}, "Traceback").splitlines()
+    assert lines[1] == "distprop: rank 2 of 4 on node7, step 12, backward pass: ValueError: boom; ending the job"
+    assert lines[3] == "  rank 2, step 12, backward pass: 1 allreduce 1,234 (in it)"
+    assert lines[-1] == "Traceback"
+
+
+RANK = """
+import sys, time
+from distprop.comm import SoloCommunicator
+from distprop.comm.recorder import FORWARD, Record
+class One(SoloCommunicator):
+    rank = int(sys.argv[1])
+    def allgather(self, message): return [message] * 3
+record = Record()
+record.connect(One())
+record.at(FORWARD, 5)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux tells the order of deaths")
+@pytest.mark.parametrize("looks", [True, False], ids=["seen alive", "never seen alive"])
+def test_the_launcher_names_the_rank_that_died_first(looks: bool) -> None:
+    witness = Witness()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(number)],
+            env={**os.environ, **witness.environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for process in ranks:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    if looks:
+        witness.look()
+    for number in (1, 2, 0) if looks else (1,):
+        ranks[number].kill()
+        ranks[number].wait()
+    report = witness.report(137)
+    folder = witness.folder
+    witness.close()
+    for process in ranks:
+        process.kill()
+        process.communicate()
+    assert f"rank 1 of 1 on {os.uname().nodename}, step 5, forward pass: killed by SIGKILL" in report
+    assert not folder.exists()
