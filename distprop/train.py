@@ -107,8 +107,8 @@ class Trainer:
         CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
         NonFiniteGradientError: by `fit`, when a gradient is; names the rank and the parameter as well.
-        DivergenceError: by `fit`, when the ranks do not have the same parameters, before a checkpoint is written of them;
-            it names the first that differs.
+        DivergenceError: by `fit`, when the ranks do not have the same parameters, and before a checkpoint is written of
+            them; names the first that differs.
         StoppedError: by `fit`, on every rank at the same step, after SIGTERM or SIGUSR1 on any of them, Ctrl-C if there
             are checkpoints, or when DISTPROP_MAX_TIME is nearly over. A checkpoint has been written; as a `SystemExit`
             it ends the process with status 75. See docs/reliability.md.
