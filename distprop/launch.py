@@ -14,12 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from distprop.comm import mpi
 
@@ -91,7 +93,7 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
     )
 
 
-def run(job: Job) -> int:
+def run(job: Job, stdout: IO[str] | None = None) -> int:
     """Run the job to its end and return its exit status; 128 + n if signal n ended it.
 
     SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. A single rank takes this
@@ -107,6 +109,7 @@ def run(job: Job) -> int:
         [*_tether(), *job.command],
         env={**environment, "DISTPROP_JOB": marker},
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
+        stdout=stdout,
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
     stop = _Stop(process)
@@ -120,6 +123,14 @@ def run(job: Job) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 128 + stop.reason if stop.reason else status
+
+
+def ask(job: Job) -> tuple[int, str]:
+    """Run the job, and return its exit status with the line of JSON that one of its ranks has printed, if any."""
+    with tempfile.TemporaryFile("w+") as output:
+        status = run(job, output)
+        output.seek(0)
+        return status, next((line for line in output if line.startswith("{")), "")
 
 
 def allowed_cores() -> int:
