@@ -404,7 +404,7 @@ def check_job(comm: Communicator, run_dir: Path, host: str | None = None) -> lis
         every = [json.loads(message) for message in comm.allgather(json.dumps(addresses()).encode())]
         together.append(same_addresses({name: every[ranks[0]] for name, ranks in by_host.items()}))
         together.append(shared_run_directory(comm, run_dir, by_host))
-    links = measure_links(comm)
+    links = measure_links(comm, host=host)
     together += [
         Finding(f"Allreduce on {here.name}", f"{len(here.ranks)} ranks: {describe(here.link)}")
         for here in links.hosts
