@@ -10,6 +10,7 @@ from distprop.bench.workload import LONG_SECONDS, Workload, time_alone
 from distprop.comm import Communicator
 from distprop.cost import Link
 
+LONGEST_PAUSE_SECONDS = 0.02
 LONGEST_CHECK_SECONDS = 4.0  # a real step that takes longer is not made
 
 
@@ -47,8 +48,8 @@ class Measured:
 def measure(comm: Communicator, workload: Workload, batch: int, host: str | None = None) -> Measured:
     """Measure with `batch` rows on each rank. Collective; `host` as in `measure_links`."""
     points = time_alone(workload, comm, batch)
-    links = measure_links(comm, workload.message_bytes, host=host)
     alone = dict(points)[batch]
+    links = measure_links(comm, workload.message_bytes, host=host, pause_seconds=min(alone, LONGEST_PAUSE_SECONDS))
     link = links.between or links.slowest_within
     expected = alone + (2 * workload.message_bytes * link.per_byte if link else 0)
     real = None

@@ -41,17 +41,24 @@ class Links:
         return max(links, key=lambda link: link.latency + MEGABYTE * link.per_byte, default=None)
 
 
-def measure_links(comm: Communicator, size: int = 4 * MEGABYTE, seconds: float = 2.0, host: str | None = None) -> Links:
+def measure_links(
+    comm: Communicator,
+    size: int = 4 * MEGABYTE,
+    seconds: float = 2.0,
+    host: str | None = None,
+    pause_seconds: float = 0.0,
+) -> Links:
     """Time Allreduce of a few bytes and of `size` bytes, each for about `seconds`. Collective.
 
-    `host` is this rank's; two names on one machine make two hosts of it.
+    `host` is this rank's; two names on one machine make two hosts of it. Before a large message the ranks wait for
+    `pause_seconds`, as they compute in training: meanwhile buffers on the way run empty.
     """
     by_host = ranks_by_host(comm, host)
     names, mine = list(by_host), next(ranks for ranks in by_host.values() if comm.rank in ranks)
-    own = _fit(_group(comm, mine), size, seconds)
+    own = _fit(_group(comm, mine), size, seconds, pause_seconds)
     links = [_read(message) for message in comm.allgather(_write(own))]
     leaders = [ranks[0] for ranks in by_host.values()]
-    between = _fit(_group(comm, leaders), size, seconds) if len(names) > 1 else None
+    between = _fit(_group(comm, leaders), size, seconds, pause_seconds) if len(names) > 1 else None
     between = _read(comm.allgather(_write(between))[0])
     hosts = tuple(HostLinks(name, tuple(ranks), links[ranks[0]]) for name, ranks in by_host.items())
     return Links(hosts, between)
@@ -65,19 +72,36 @@ def ranks_by_host(comm: Communicator, host: str | None = None) -> dict[str, list
     return by_host
 
 
-def time_allreduce(comm: Communicator, size: int, seconds: float) -> float:
+def time_allreduce(comm: Communicator, size: int, seconds: float, pause_seconds: float = 0.0) -> float:
     """Median seconds of an Allreduce of `size` bytes of float32, repeated for about `seconds`. Collective."""
     array = np.zeros(max(1, size // 4), np.float32)
-    return time_together(comm, lambda: comm.allreduce(array), seconds)
+
+    def wait() -> None:
+        if pause_seconds:
+            time.sleep(pause_seconds)
+            comm.barrier()
+
+    return time_together(comm, lambda: comm.allreduce(array), seconds, wait)
 
 
-def time_together(comm: Communicator, function: Callable[[], object], seconds: float) -> float:
+def time_together(
+    comm: Communicator, function: Callable[[], object], seconds: float, before: Callable[[], object] = lambda: None
+) -> float:
     """Median over calls of what the slowest rank took, all calling at once for about `seconds`. Collective."""
-    taken = [_time(function) for _ in range(2)]  # the first call opens connections and touches pages
-    repeats = np.array([min(1000, max(3, seconds / taken[-1]))], np.float64)
+
+    def taken() -> float:
+        before()
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    taken()  # opens connections and touches pages
+    began = time.perf_counter()
+    taken()
+    repeats = np.array([min(1000, max(3, seconds / (time.perf_counter() - began)))], np.float64)
     comm.broadcast(repeats)
-    taken = [_time(function) for _ in range(int(repeats[0]))]
-    every = np.array([np.frombuffer(message) for message in comm.allgather(np.array(taken).tobytes())])
+    mine = np.array([taken() for _ in range(int(repeats[0]))])
+    every = np.array([np.frombuffer(message) for message in comm.allgather(mine.tobytes())])
     return float(np.median(every.max(axis=0)))
 
 
@@ -89,23 +113,19 @@ def measure_speed(comm: Communicator, seconds: float = 0.5) -> list[float]:
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken) < 3:
-        taken.append(_time(lambda: np.matmul(a, a, out=out)))
+        began = time.perf_counter()
+        np.matmul(a, a, out=out)
+        taken.append(time.perf_counter() - began)
     return [float(message) for message in comm.allgather(repr(float(np.median(taken))).encode())]
 
 
-def _time(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def _fit(group: Communicator | None, size: int, seconds: float) -> Link | None:
+def _fit(group: Communicator | None, size: int, seconds: float, pause_seconds: float) -> Link | None:
     if group is None or group.size == 1:
         return None
     empty = time_allreduce(group, 8, seconds / 4)
     if size > MEGABYTE:  # a slow link gets what it carries in half a second
         size = int(min(size, MEGABYTE * max(1, 0.5 / time_allreduce(group, MEGABYTE, seconds / 4))))
-    return fit_link(group.size, empty, size, time_allreduce(group, size, seconds))
+    return fit_link(group.size, empty, size, time_allreduce(group, size, seconds, pause_seconds))
 
 
 def _group(comm: Communicator, ranks: list[int]) -> Communicator | None:
