@@ -15,12 +15,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
@@ -101,7 +103,7 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False, timeout_
     )
 
 
-def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int:
+def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout: IO[str] | None = None) -> int:
     """Run the job to its end and return its exit status; 128 + n if signal n ended it.
 
     SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. With a `watch`, a job that
@@ -120,6 +122,7 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int
         [*_tether(), *job.command],
         env={**environment, **witness.environment, "DISTPROP_JOB": marker},
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
+        stdout=stdout,
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
     stop = _Stop(process, watch)
@@ -136,6 +139,14 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 128 + stop.reason if stop.reason and not (watch.asked and status in (0, STATUS)) else status
+
+
+def ask(job: Job) -> tuple[int, str]:
+    """Run the job, and return its exit status with the line of JSON that one of its ranks has printed, if any."""
+    with tempfile.TemporaryFile("w+") as output:
+        status = run(job, stdout=output)
+        output.seek(0)
+        return status, next((line for line in output if line.startswith("{")), "")
 
 
 def allowed_cores() -> int:

@@ -15,13 +15,13 @@ PACKAGE = Path(distprop.__file__).parent
 
 # From the bottom up, as DESIGN.md draws it. A module may import its own floor and those above it in this list.
 FLOORS = [
-    {"random", "tape", "tensor", "functional", "testing", "comm"},
+    {"random", "tape", "tensor", "functional", "testing", "comm", "cost", "chart"},
     {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
     {"fingerprint", "metrics", "progress", "stopping", "train"},
-    {"config", "job", "launch", "restart", "rank", "bench", "witness"},
+    {"config", "job", "launch", "restart", "rank", "bench", "witness", "forecast", "predict", "doctor"},
     {"cli", "__main__"},
 ]
 

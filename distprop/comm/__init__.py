@@ -15,6 +15,7 @@ __all__ = [
     "SoloCommunicator",
     "ThreadCommunicator",
     "run_threads",
+    "started_by",
     "world",
 ]
 
@@ -55,7 +56,7 @@ _world: Communicator | None = None
 
 
 def _connect() -> Communicator:
-    launcher, expected = _launcher()
+    launcher, expected = started_by()
     if launcher is None:
         return SoloCommunicator()
     from distprop.comm import mpi, watchdog
@@ -75,7 +76,8 @@ def _connect() -> Communicator:
     return comm
 
 
-def _launcher() -> tuple[str | None, int]:
+def started_by() -> tuple[str | None, int]:
+    """Which launcher started this process, if any, and how many ranks it says there are."""
     for variable, launcher in _LAUNCHERS.items():
         if value := os.environ.get(variable):
             return launcher, int(value)

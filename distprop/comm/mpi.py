@@ -160,6 +160,26 @@ class MPICommunicator:
         os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
 
 
+def group(number: int | None) -> MPICommunicator | None:
+    """The ranks of the world that give the same number, as a communicator; None for a rank that gives none. Collective.
+
+    Ranks keep their order.
+    """
+    MPI = _load(initialize=True)
+    part = MPI.COMM_WORLD.Split(MPI.UNDEFINED if number is None else number, MPI.COMM_WORLD.Get_rank())
+    return None if part == MPI.COMM_NULL else MPICommunicator(part)
+
+
+def thread_level() -> str:
+    """How MPI lets threads call it, started as this package starts it: "multiple" is what is asked for."""
+    MPI = _load(initialize=True)
+    return next(
+        name
+        for name in ("single", "funneled", "serialized", "multiple")
+        if MPI.Query_thread() == getattr(MPI, f"THREAD_{name.upper()}")
+    )
+
+
 def abort_on_exception(comm: MPICommunicator) -> None:
     """From now on an uncaught exception, in any thread, prints its traceback and ends the whole job."""
 
