@@ -38,7 +38,7 @@ test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \
 		case $$mpi in *5) more="5 8";; *) more=;; esac; \
 		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4 $$more; \
-		.venv-$$mpi/bin/python -m pytest tests/test_launch.py; \
+		.venv-$$mpi/bin/python -m pytest tests/test_launch.py tests/test_stopping.py tests/test_restart.py; \
 	done
 
 $(VENV)/.installed: pyproject.toml

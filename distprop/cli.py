@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -20,20 +24,61 @@ def main() -> None:
     """Data-parallel training on CPUs: NumPy and MPI."""
 
 
+def _duration(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
+    """The option --max-time in seconds; infinity without it."""
+    if text is None:
+        return math.inf
+    from distprop.stopping import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_MAX_RESTARTS = click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="After a failure, go on from the last checkpoint, up to K times.",
+)
+_MAX_TIME = click.option(
+    "--max-time",
+    callback=_duration,
+    metavar="TIME",
+    help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
+)
+
+
 @main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
 @click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
+@_MAX_RESTARTS
+@_MAX_TIME
 @click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments: tuple[str, ...]) -> None:
+def run_command(
+    ranks: int,
+    module: bool,
+    max_restarts: int,
+    max_time: float,
+    dry_run: bool,
+    program: str,
+    arguments: tuple[str, ...],
+) -> None:
     """Run a Python script on N ranks of this host.
 
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
     Several ranks have no standard input.
+
+    A Trainer with checkpoints stops early and loses nothing: Ctrl-C, SIGTERM, SIGUSR1 and --max-time make it
+    write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
-    _start(ranks, [program, *arguments], module=module, dry_run=dry_run)
+    program_line = [program, *arguments]
+    _start(ranks, program_line, module=module, dry_run=dry_run, max_restarts=max_restarts, max_time=max_time)
 
 
 @main.command()
@@ -41,10 +86,15 @@ def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
-def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None) -> None:
+@_MAX_RESTARTS
+@_MAX_TIME
+def train(
+    config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None, max_restarts: int, max_time: float
+) -> None:
     """Train what the TOML file CONFIG describes.
 
     Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
+    With train.checkpoint_every, Ctrl-C, SIGTERM, SIGUSR1 and --max-time write a checkpoint and end it with status 75.
     """
     from distprop.config import ConfigError, load_config
 
@@ -53,8 +103,12 @@ def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | No
         if ranks is not None:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True)
+            _start(ranks, again, module=True, resume=_resume_train, max_restarts=max_restarts, max_time=max_time)
             return
+        if max_restarts:
+            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too")
+        if math.isfinite(max_time):
+            os.environ["DISTPROP_DEADLINE"] = str(time.time() + max_time)
         from distprop.job import train_from_config
 
         # the file that a run has saved names its own folder
@@ -171,10 +225,28 @@ def _widths(sizes: str) -> list[int]:
     return widths
 
 
-def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False) -> None:
-    """Start the ranks and leave with their exit status."""
+def _resume_train(run_dir: str) -> list[str]:
+    return ["distprop", "train", str(Path(run_dir, "config.toml")), "--resume"]
+
+
+def _start(
+    ranks: int,
+    program: list[str],
+    *,
+    module: bool = False,
+    dry_run: bool = False,
+    max_restarts: int = 0,
+    max_time: float = math.inf,
+    resume: Callable[[str], list[str]] | None = None,
+) -> None:
+    """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop.comm.mpi import MPIMissingError
-    from distprop.launch import LaunchError, plan, run
+    from distprop.launch import Job, LaunchError, plan
+    from distprop.restart import Attempt, run_restarting
+
+    def plan_attempt(attempt: Attempt) -> Job:
+        again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
+        return plan(attempt.ranks, again, module=module)
 
     try:
         job = plan(ranks, program, module=module)
@@ -185,7 +257,7 @@ def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: boo
         return
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
-    sys.exit(run(job))
+    sys.exit(run_restarting(job, plan_attempt, max_restarts=max_restarts, max_time=max_time))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ starts it and answers for its processes: whatever happens, none is left behind.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -22,10 +23,12 @@ from pathlib import Path
 from types import FrameType
 
 from distprop.comm import mpi
+from distprop.stopping import STATUS, TRAINING, Watch
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL; Open MPI takes 0.3 (5.0) or 1.0 (4.1) to end its ranks, MPICH 0.02
+_SAVE_SECONDS = 120.0  # for the end of a step, maybe an evaluation, and a checkpoint
 _LOOK_SECONDS = 2.0  # between two looks whether the launcher still has ranks; one takes about 1 ms
 
 
@@ -91,16 +94,19 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False) -> Job:
     )
 
 
-def run(job: Job) -> int:
+def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int:
     """Run the job to its end and return its exit status; 128 + n if signal n ended it.
 
-    SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. A single rank takes this
-    process's place instead, so that the terminal, debuggers and signals are its own, and `run` does not return.
+    SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. With a `watch`, a job that
+    trains with checkpoints is first asked to write one and to stop, and has 120 seconds for it. A single rank takes
+    this process's place instead, so that the terminal, debuggers and signals are its own, and `run` does not return;
+    unless the caller wants to `supervise` it.
     """
-    environment = {**os.environ, **job.environment}
+    watch = watch or Watch()
+    environment = {**os.environ, **job.environment, **watch.environment()}
     sys.stdout.flush()
     sys.stderr.flush()
-    if job.launcher is None:
+    if job.launcher is None and not supervise:
         os.execvpe(job.command[0], job.command, environment)
     marker = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -109,17 +115,17 @@ def run(job: Job) -> int:
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
-    stop = _Stop(process)
+    stop = _Stop(process, watch)
     previous = stop.listen()
     try:
-        status = _exit_status(_wait(process, marker), job.launcher.vendor)
+        status = _exit_status(_wait(process, marker), job.launcher.vendor if job.launcher else "")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if stop.reason or process.returncode:
             kill_marked(marker)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 + stop.reason if stop.reason else status
+    return 128 + stop.reason if stop.reason and not (watch.asked and status in (0, STATUS)) else status
 
 
 def allowed_cores() -> int:
@@ -279,9 +285,10 @@ def _check_program(arguments: Sequence[str], module: bool) -> None:
 class _Stop:
     """Ends the launcher, gently at the first signal and by force at the next; SIGALRM stands for lost patience."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], watch: Watch) -> None:
         self.reason = 0
         self._process = process
+        self._watch = watch
 
     def listen(self) -> dict[int, signal._HANDLER]:
         """Install the handlers and return the previous ones. What was ignored, as under nohup, stays ignored."""
@@ -293,18 +300,30 @@ class _Stop:
         for number, handler in handlers.items():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handler)
+        if math.isfinite(self._watch.deadline):
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, self._watch.deadline - time.time()))
         return previous
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.reason:
             self._process.kill()
             return
-        self.reason = number
-        print(f"\ndistprop: {signal.Signals(number).name}; ending all ranks", file=sys.stderr, flush=True)
-        self._process.terminate()
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
+        out_of_time = number == signal.SIGALRM
+        self.reason = signal.SIGTERM if out_of_time else number
+        self._watch.ended = True
+        state = self._watch.state()
+        self._watch.asked = bool(state)
+        why = "the time set by --max-time is over" if out_of_time else signal.Signals(number).name
+        what = "the ranks write a checkpoint and stop; once more ends them at once" if state else "ending all ranks"
+        print(f"\ndistprop: {why}; {what}", file=sys.stderr, flush=True)
+        if state == TRAINING:  # with SIGTERM, Open MPI's mpirun would give them 0.25 s (5.0)
+            self._process.send_signal(signal.SIGUSR1)
+        elif not state:
+            self._process.terminate()
+        signal.setitimer(signal.ITIMER_REAL, _SAVE_SECONDS if state else _GRACE_SECONDS)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._watch.ended |= number == signal.SIGUSR1
         self._process.send_signal(number)
 
 
@@ -369,4 +388,4 @@ def _exit_status(returncode: int, vendor: str) -> int:
     if returncode < 0:
         return 128 - returncode
     fatal = {signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM}
-    return 128 + returncode if vendor != "openmpi" and returncode in fatal else returncode
+    return 128 + returncode if vendor not in ("openmpi", "") and returncode in fatal else returncode

@@ -20,8 +20,8 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
-    {"fingerprint", "metrics", "progress", "train"},
-    {"config", "job", "launch", "rank", "bench"},
+    {"fingerprint", "metrics", "progress", "stopping", "train"},
+    {"config", "job", "launch", "restart", "rank", "bench"},
     {"cli", "__main__"},
 ]
 
