@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -20,20 +21,40 @@ def main() -> None:
     """Data-parallel training on CPUs: NumPy and MPI."""
 
 
+_HOSTS = click.option(
+    "--hosts", metavar="A:2,B:2", help="Start the ranks on these hosts, over ssh; 2 on each of these."
+)
+_HOSTFILE = click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="The same from a file: a host a line, `A slots=2` or `A:2`."
+)
+
+
 @main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
-@click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
+@click.option("-n", "--ranks", type=int, metavar="N", help="How many processes; with hosts, all slots by default.")
+@_HOSTS
+@_HOSTFILE
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
 @click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments: tuple[str, ...]) -> None:
-    """Run a Python script on N ranks of this host.
+def run_command(
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    module: bool,
+    dry_run: bool,
+    program: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run a Python script on N ranks of this host, or of other hosts.
 
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
     Several ranks have no standard input.
     """
-    _start(ranks, [program, *arguments], module=module, dry_run=dry_run)
+    if ranks is None and not (hosts or hostfile):
+        raise click.UsageError("Missing option '-n', how many processes; or '--hosts', where.")
+    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, hosts=hosts, hostfile=hostfile)
 
 
 @main.command()
@@ -41,7 +62,16 @@ def run_command(ranks: int, module: bool, dry_run: bool, program: str, arguments
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
-def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None) -> None:
+@_HOSTS
+@_HOSTFILE
+def train(
+    config: Path,
+    settings: tuple[str, ...],
+    resume: bool,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+) -> None:
     """Train what the TOML file CONFIG describes.
 
     Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
@@ -50,10 +80,10 @@ def train(config: Path, settings: tuple[str, ...], resume: bool, ranks: int | No
 
     try:
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
-        if ranks is not None:
+        if ranks is not None or hosts or hostfile:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True)
+            _start(ranks, again, module=True, hosts=hosts, hostfile=hostfile, files=[str(config)])
             return
         from distprop.job import train_from_config
 
@@ -141,14 +171,27 @@ def _widths(sizes: str) -> list[int]:
     return widths
 
 
-def _start(ranks: int, program: list[str], *, module: bool = False, dry_run: bool = False) -> None:
+def _start(
+    ranks: int | None,
+    program: list[str],
+    *,
+    module: bool = False,
+    dry_run: bool = False,
+    hosts: str | None = None,
+    hostfile: Path | None = None,
+    files: Sequence[str] = (),
+) -> None:
     """Start the ranks and leave with their exit status."""
     from distprop.comm.mpi import MPIMissingError
+    from distprop.hosts import HostsError, parse_hosts, read_hostfile
     from distprop.launch import LaunchError, plan, run
 
+    if hosts and hostfile:
+        raise Refusal("--hosts and --hostfile name the same thing; give one of them")
     try:
-        job = plan(ranks, program, module=module)
-    except (LaunchError, MPIMissingError) as error:
+        where = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else ()
+        job = plan(ranks, program, module=module, hosts=where, files=files)
+    except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:
         click.echo(job.shell())

@@ -21,7 +21,7 @@ FLOORS = [
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
     {"metrics", "progress", "train"},
-    {"config", "job", "launch", "rank", "bench"},
+    {"config", "job", "host_probe", "hosts", "launch", "rank", "bench"},
     {"cli", "__main__"},
 ]
 
