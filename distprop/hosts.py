@@ -403,6 +403,15 @@ def hydra_environment(cluster: Cluster) -> dict[str, str]:
     return {"UCX_NET_DEVICES": cluster.interface, "FI_TCP_IFACE": cluster.interface}
 
 
+def passing_on(command: Sequence[str], vendor: str, variables: Mapping[str, str]) -> list[str]:
+    """A launcher's command that passes on these variables too, which were not known when it was planned."""
+    if vendor == "openmpi":
+        options = [["-x", f"{name}={value}"] for name, value in variables.items()]
+    else:
+        options = [["-genv", name, value] for name, value in variables.items()]
+    return [command[0], *itertools.chain(*options), *command[1:]]
+
+
 def forwarded(variables: Iterable[str]) -> list[str]:
     """Of the names of variables those that ranks on other hosts get as well."""
     return sorted({name for name in variables if name.startswith(_FORWARDED)})
@@ -420,7 +429,7 @@ class Guard:
 
     def __init__(self, hosts: Sequence[Host], marker: str) -> None:
         self._hosts = hosts
-        self._marker = marker
+        self.marker = marker
         self._sessions: list[_Session] = []
         self._watchers: list[threading.Thread] = []
         self._leaving = False
@@ -430,7 +439,7 @@ class Guard:
     def __enter__(self) -> Guard:
         """Connect to every host that is not this one."""
         self._sessions = [session for session in _connect_all(self._hosts) if not session.local]
-        _ask_all(self._sessions, {"do": "guard", "marker": self._marker})
+        _ask_all(self._sessions, {"do": "guard", "marker": self.marker})
         for session in self._sessions:
             watcher = threading.Thread(target=self._watch, args=(session,), daemon=True)
             watcher.start()

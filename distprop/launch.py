@@ -126,8 +126,7 @@ def _plan_hosts(hosts: Sequence[other_hosts.Host], program: Sequence[str], files
     environment |= launcher_environment(library, cluster.ranks, cores, cluster.reads_peers)
     if library.vendor != "openmpi":
         environment |= other_hosts.hydra_environment(cluster)
-    # Written out, since what runs on other hosts has the variables only by the launcher, which is given their names.
-    variables = [*os.environ, *environment, "DISTPROP_JOB"]
+    variables = [*os.environ, *environment]
     if library.vendor == "openmpi":
         major = _major(library.version)
         flags = _open_mpi_flags(
@@ -154,18 +153,20 @@ def run(job: Job) -> int:
     sys.stderr.flush()
     if job.launcher is None:
         os.execvpe(job.command[0], job.command, environment)
-    marker = uuid.uuid4().hex
-    with other_hosts.Guard(job.hosts, marker) as guard:
-        status = _run_marked(job, job.launcher.vendor, marker, environment, guard)
+    with other_hosts.Guard(job.hosts, uuid.uuid4().hex) as guard:
+        status = _run_guarded(job, job.launcher.vendor, environment, guard)
         guard.well = status == 0
     return status
 
 
-def _run_marked(job: Job, vendor: str, marker: str, environment: Mapping[str, str], guard: other_hosts.Guard) -> int:
+def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: other_hosts.Guard) -> int:
+    marker = guard.marker
+    of_this_run = {"DISTPROP_JOB": marker}
+    command = other_hosts.passing_on(job.command, vendor, of_this_run) if job.hosts else job.command
     process = subprocess.Popen(
-        [*_tether(), *job.command],
-        # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host.
-        env={**environment, "DISTPROP_JOB": marker, "DISTPROP_END": ""},
+        [*_tether(), *command],
+        # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.
+        env={**environment, **of_this_run, "DISTPROP_END": ""},
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
