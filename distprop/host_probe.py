@@ -45,8 +45,12 @@ def main() -> None:
                 _answer(connect(request["peers"]))
             else:
                 _answer({})
-            if request["do"] == "guard" and not sys.stdin.read():  # otherwise the job has ended well
-                kill_marked(request["marker"])
+            if request["do"] == "guard":
+                threading.Thread(target=_look_for, args=(request["sign"],), daemon=True).start()
+                if not sys.stdin.read():  # otherwise the job has ended well
+                    kill_marked(request["marker"])
+                with contextlib.suppress(OSError):
+                    os.remove(request["sign"])
 
 
 def facts(directory: str, files: list[str]) -> dict[str, Any]:
@@ -215,6 +219,13 @@ def _sha256(names: list[str], folder: str = "") -> str:
         except OSError as error:
             return error.strerror or str(error)
     return digest.hexdigest()
+
+
+def _look_for(sign: str) -> None:
+    """Say so when a rank of this host ends the job."""
+    while not os.path.exists(sign):
+        time.sleep(0.5)
+    _answer({"ending": True})
 
 
 def _greet(listener: socket.socket, token: str) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from distprop import host_probe
 
-SSH = ("ssh", "-T", "-x", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+SSH = ("ssh", "-T", "-x", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 ANSWER_SECONDS = 60.0  # for a host that accepts the connection; a cold import over a network file system takes 20
 RANK_BYTES = 100 * 2**20  # the least that a rank with MPI takes
 CLOCK_SECONDS = 2.0  # of difference that is worth a word
@@ -432,14 +432,16 @@ class Guard:
         self.marker = marker
         self._sessions: list[_Session] = []
         self._watchers: list[threading.Thread] = []
+        self.sign = f"/tmp/distprop-{marker}"
         self._leaving = False
+        self._ending = False
         self.well = False
         self.lost: list[str] = []
 
     def __enter__(self) -> Guard:
         """Connect to every host that is not this one."""
         self._sessions = [session for session in _connect_all(self._hosts) if not session.local]
-        _ask_all(self._sessions, {"do": "guard", "marker": self.marker})
+        _ask_all(self._sessions, {"do": "guard", "marker": self.marker, "sign": self.sign})
         for session in self._sessions:
             watcher = threading.Thread(target=self._watch, args=(session,), daemon=True)
             watcher.start()
@@ -457,10 +459,19 @@ class Guard:
         for session, watcher in zip(self._sessions, self._watchers, strict=True):
             session.close(wait_seconds=max(0.1, deadline - time.monotonic()))
             watcher.join()
+        with contextlib.suppress(OSError):
+            os.remove(self.sign)
+
+    def is_ending(self) -> bool:
+        """Whether MPI should end the job at once: a host is lost, or a rank has asked for it, by the file `sign`."""
+        return self._ending or os.path.exists(self.sign)
 
     def _watch(self, session: _Session) -> None:
+        while session.listen() is not None:
+            self._ending = True
         status = session.wait()
         if status or not self._leaving:  # at the end of its input the guard leaves with 0
+            self._ending = True
             self.lost.append(session.name)
             reason = session.complaint() or "the connection ended"
             print(f"\ndistprop: lost host {session.name}: {reason}", file=sys.stderr, flush=True)
@@ -499,16 +510,20 @@ class _Session:
         patience.start()
         try:
             self.write(request)
-            assert self._process.stdout
-            for line in self._process.stdout:
-                if line.startswith(host_probe.MARK):
-                    answer = json.loads(line.removeprefix(host_probe.MARK))
-                    if isinstance(answer, dict):
-                        answer["delay"] = time.time() - begin
-                    return answer
-            return self._why()
+            answer = self.listen()
+            if isinstance(answer, dict):
+                answer["delay"] = time.time() - begin
+            return self._why() if answer is None else answer
         finally:
             patience.cancel()
+
+    def listen(self) -> Any:
+        """The next answer; None when there will be none. A login shell's own lines are passed over."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(host_probe.MARK):
+                return json.loads(line.removeprefix(host_probe.MARK))
+        return None
 
     def wait(self) -> int:
         """Until it ends."""

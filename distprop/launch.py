@@ -156,12 +156,12 @@ def run(job: Job) -> int:
     with other_hosts.Guard(job.hosts, uuid.uuid4().hex) as guard:
         status = _run_guarded(job, job.launcher.vendor, environment, guard)
         guard.well = status == 0
-    return status
+    return status or int(bool(guard.lost))  # Open MPI's mpirun (5.0) at times calls the loss of a host a success
 
 
 def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: other_hosts.Guard) -> int:
     marker = guard.marker
-    of_this_run = {"DISTPROP_JOB": marker}
+    of_this_run = {"DISTPROP_JOB": marker} | ({"DISTPROP_SIGN": guard.sign} if job.hosts else {})
     command = other_hosts.passing_on(job.command, vendor, of_this_run) if job.hosts else job.command
     process = subprocess.Popen(
         [*_tether(), *command],
@@ -386,12 +386,13 @@ class _Stop:
 def _wait(process: subprocess.Popen[bytes], marker: str, guard: other_hosts.Guard) -> int:
     """Wait for the launcher; without it once it has outlived its ranks, as Open MPI 5.0's at times does for ever."""
     had_ranks, without = False, 0
-    patience = _GRACE_SECONDS  # for the launcher to find out that a host is gone
+    patience = _GRACE_SECONDS  # for the launcher to end the job itself
     while True:
         try:
-            return process.wait(_LOOK_SECONDS)
+            status = process.wait(_LOOK_SECONDS)
+            return status if patience == _GRACE_SECONDS else 1
         except subprocess.TimeoutExpired:
-            if guard.lost:
+            if guard.is_ending():
                 patience -= _LOOK_SECONDS
                 process.terminate() if patience > 0 else process.kill()
                 continue

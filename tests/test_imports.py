@@ -19,7 +19,7 @@ FLOORS = [
     {"nn", "buffer", "weights"},
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
-    {"checkpoint"},
+    {"checkpoint", "shared_folder"},
     {"metrics", "progress", "train"},
     {"config", "job", "host_probe", "hosts", "launch", "rank", "bench"},
     {"cli", "__main__"},
