@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -49,10 +49,18 @@ _MAX_TIME = click.option(
     metavar="TIME",
     help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
 )
+_HOSTS = click.option(
+    "--hosts", metavar="A:2,B:2", help="Start the ranks on these hosts, over ssh; 2 on each of these."
+)
+_HOSTFILE = click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="The same from a file: a host a line, `A slots=2` or `A:2`."
+)
 
 
 @main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
-@click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
+@click.option("-n", "--ranks", type=int, metavar="N", help="How many processes; with hosts, all slots by default.")
+@_HOSTS
+@_HOSTFILE
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
 @_MAX_RESTARTS
 @_MAX_TIME
@@ -60,7 +68,9 @@ _MAX_TIME = click.option(
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(
-    ranks: int,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
     module: bool,
     max_restarts: int,
     max_time: float,
@@ -68,7 +78,7 @@ def run_command(
     program: str,
     arguments: tuple[str, ...],
 ) -> None:
-    """Run a Python script on N ranks of this host.
+    """Run a Python script on N ranks of this host, or of other hosts.
 
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
@@ -77,8 +87,18 @@ def run_command(
     A Trainer with checkpoints stops early and loses nothing: Ctrl-C, SIGTERM, SIGUSR1 and --max-time make it
     write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
-    program_line = [program, *arguments]
-    _start(ranks, program_line, module=module, dry_run=dry_run, max_restarts=max_restarts, max_time=max_time)
+    if ranks is None and not (hosts or hostfile):
+        raise click.UsageError("Missing option '-n', how many processes; or '--hosts', where.")
+    _start(
+        ranks,
+        [program, *arguments],
+        module=module,
+        dry_run=dry_run,
+        max_restarts=max_restarts,
+        max_time=max_time,
+        hosts=hosts,
+        hostfile=hostfile,
+    )
 
 
 @main.command()
@@ -88,8 +108,17 @@ def run_command(
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
 @_MAX_RESTARTS
 @_MAX_TIME
+@_HOSTS
+@_HOSTFILE
 def train(
-    config: Path, settings: tuple[str, ...], resume: bool, ranks: int | None, max_restarts: int, max_time: float
+    config: Path,
+    settings: tuple[str, ...],
+    resume: bool,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    max_restarts: int,
+    max_time: float,
 ) -> None:
     """Train what the TOML file CONFIG describes.
 
@@ -100,10 +129,20 @@ def train(
 
     try:
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
-        if ranks is not None:
+        if ranks is not None or hosts or hostfile:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True, resume=_resume_train, max_restarts=max_restarts, max_time=max_time)
+            _start(
+                ranks,
+                again,
+                module=True,
+                max_restarts=max_restarts,
+                max_time=max_time,
+                hosts=hosts,
+                hostfile=hostfile,
+                files=[str(config)],
+                resume=_resume_train,
+            )
             return
         if max_restarts:
             raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too")
@@ -230,34 +269,51 @@ def _resume_train(run_dir: str) -> list[str]:
 
 
 def _start(
-    ranks: int,
+    ranks: int | None,
     program: list[str],
     *,
     module: bool = False,
     dry_run: bool = False,
     max_restarts: int = 0,
     max_time: float = math.inf,
+    hosts: str | None = None,
+    hostfile: Path | None = None,
+    files: Sequence[str] = (),
     resume: Callable[[str], list[str]] | None = None,
 ) -> None:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop.comm.mpi import MPIMissingError
+    from distprop.hosts import Host, HostsError, alive, parse_hosts, read_hostfile
     from distprop.launch import Job, LaunchError, plan
     from distprop.restart import Attempt, run_restarting
 
     def plan_attempt(attempt: Attempt) -> Job:
         again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
-        return plan(attempt.ranks, again, module=module)
+        left = [Host(name, slots) for name, slots in attempt.hosts.items()]
+        return plan(attempt.ranks, again, module=module, hosts=left, files=files)
 
+    if hosts and hostfile:
+        raise Refusal("--hosts and --hostfile name the same thing; give one of them")
     try:
-        job = plan(ranks, program, module=module)
-    except (LaunchError, MPIMissingError) as error:
+        where = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else ()
+        job = plan(ranks, program, module=module, hosts=where, files=files)
+    except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:
         click.echo(job.shell())
         return
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
-    sys.exit(run_restarting(job, plan_attempt, max_restarts=max_restarts, max_time=max_time))
+    slots = {host.name: host.slots for host in job.hosts}
+    status = run_restarting(
+        job,
+        plan_attempt,
+        max_restarts=max_restarts,
+        max_time=max_time,
+        hosts=slots,
+        answers=lambda name: bool(alive([Host(name, slots[name])])),
+    )
+    sys.exit(status)
 
 
 if __name__ == "__main__":

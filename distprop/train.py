@@ -389,6 +389,11 @@ class Trainer:
 
     def _open_checkpoints(self, root: Path, resume: bool) -> None:
         """Resume, or make sure that no other run's checkpoints are in the way. Rank 0 looks; all ranks know."""
+        restarts = bool(os.environ.get("DISTPROP_RESTARTS"))  # after one, rank 0 may be on another host
+        if resume or restarts:
+            from distprop.shared_folder import check_shared
+
+            check_shared(root, self.comm, required=restarts)
         found = checkpoint.newest(root, _warn) if self.comm.rank == 0 else None
         found = checkpoint.broadcast(found, self.comm)
         if found is not None and not resume:

@@ -19,9 +19,9 @@ FLOORS = [
     {"nn", "buffer", "weights"},
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
-    {"checkpoint"},
+    {"checkpoint", "shared_folder"},
     {"fingerprint", "metrics", "progress", "stopping", "train"},
-    {"config", "job", "launch", "restart", "rank", "bench"},
+    {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench"},
     {"cli", "__main__"},
 ]
 
