@@ -153,7 +153,7 @@ def run(job: Job) -> int:
     sys.stderr.flush()
     if job.launcher is None:
         os.execvpe(job.command[0], job.command, environment)
-    with other_hosts.Guard(job.hosts, uuid.uuid4().hex) as guard:
+    with other_hosts.Guard(job.hosts, uuid.uuid4().hex, environment.get("DISTPROP_REPORT", "")) as guard:
         status = _run_guarded(job, job.launcher.vendor, environment, guard)
         guard.well = status == 0
     return status or int(bool(guard.lost))  # Open MPI's mpirun (5.0) at times calls the loss of a host a success
@@ -161,8 +161,12 @@ def run(job: Job) -> int:
 
 def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: other_hosts.Guard) -> int:
     marker = guard.marker
-    of_this_run = {"DISTPROP_JOB": marker} | ({"DISTPROP_SIGN": guard.sign} if job.hosts else {})
-    command = other_hosts.passing_on(job.command, vendor, of_this_run) if job.hosts else job.command
+    of_this_run, command = {"DISTPROP_JOB": marker}, list(job.command)
+    if job.hosts:
+        of_this_run["DISTPROP_SIGN"] = guard.sign
+        known = {**os.environ, **job.environment}  # whose names the planned command has
+        new = {name: environment[name] for name in other_hosts.forwarded(environment) if name not in known}
+        command = other_hosts.passing_on(job.command, vendor, {**new, **of_this_run})
     process = subprocess.Popen(
         [*_tether(), *command],
         # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.
