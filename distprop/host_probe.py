@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import struct
@@ -46,11 +47,7 @@ def main() -> None:
             else:
                 _answer({})
             if request["do"] == "guard":
-                threading.Thread(target=_look_for, args=(request["sign"],), daemon=True).start()
-                if not sys.stdin.read():  # otherwise the job has ended well
-                    kill_marked(request["marker"])
-                with contextlib.suppress(OSError):
-                    os.remove(request["sign"])
+                _guard(request["marker"], request["sign"], request["mirrored"], request["content"])
 
 
 def facts(directory: str, files: list[str]) -> dict[str, Any]:
@@ -221,11 +218,42 @@ def _sha256(names: list[str], folder: str = "") -> str:
     return digest.hexdigest()
 
 
-def _look_for(sign: str) -> None:
-    """Say so when a rank of this host ends the job."""
-    while not os.path.exists(sign):
-        time.sleep(0.5)
-    _answer({"ending": True})
+def _guard(marker: str, sign: str, mirrored: str, content: str) -> None:
+    """Until standard input ends: say when a rank here makes the file `sign`, or changes the file `mirrored`."""
+    folder = os.path.dirname(mirrored)
+    made = mirrored and not os.path.isdir(folder)
+    if made:
+        os.makedirs(folder)
+    if content:
+        with open(mirrored, "w") as file:
+            file.write(content)
+    ended = threading.Event()
+    looking = threading.Thread(target=_look, args=(sign, mirrored, content, ended))
+    looking.start()
+    well = sys.stdin.read()
+    if not well:
+        kill_marked(marker)
+    ended.set()
+    looking.join()
+    with contextlib.suppress(OSError):
+        os.remove(sign)
+    if made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _look(sign: str, mirrored: str, content: str, ended: threading.Event) -> None:
+    told = False
+    while True:
+        last = ended.wait(0.5)
+        if not told and os.path.exists(sign):
+            told = True
+            _answer({"ending": True})
+        with contextlib.suppress(OSError), open(mirrored or os.devnull) as file:
+            before, content = content, file.read()
+            if content != before:
+                _answer({"mirrored": content})
+        if last:
+            return
 
 
 def _greet(listener: socket.socket, token: str) -> None:

@@ -424,15 +424,17 @@ class Guard:
     """While a job runs: one ssh connection to each other host, at whose end the host kills what is left of the job.
 
     It ends when the job does, and also when this process is killed. If it ends before, the host is named. Nothing is
-    killed after a job that has ended well, which `well` says.
+    killed after a job that has ended well, which `well` says. What a rank there writes into the file `mirrored`, which
+    exists on its host only, is written into the same file here.
     """
 
-    def __init__(self, hosts: Sequence[Host], marker: str) -> None:
+    def __init__(self, hosts: Sequence[Host], marker: str, mirrored: str = "") -> None:
         self._hosts = hosts
         self.marker = marker
         self._sessions: list[_Session] = []
         self._watchers: list[threading.Thread] = []
         self.sign = f"/tmp/distprop-{marker}"
+        self._mirrored = mirrored
         self._leaving = False
         self._ending = False
         self.well = False
@@ -441,7 +443,10 @@ class Guard:
     def __enter__(self) -> Guard:
         """Connect to every host that is not this one."""
         self._sessions = [session for session in _connect_all(self._hosts) if not session.local]
-        _ask_all(self._sessions, {"do": "guard", "marker": self.marker, "sign": self.sign})
+        request = {"do": "guard", "marker": self.marker, "sign": self.sign, "mirrored": self._mirrored, "content": ""}
+        if os.path.exists(self._mirrored):  # by an earlier attempt
+            request["content"] = Path(self._mirrored).read_text(encoding="utf-8")
+        _ask_all(self._sessions, request)
         for session in self._sessions:
             watcher = threading.Thread(target=self._watch, args=(session,), daemon=True)
             watcher.start()
@@ -467,8 +472,12 @@ class Guard:
         return self._ending or os.path.exists(self.sign)
 
     def _watch(self, session: _Session) -> None:
-        while session.listen() is not None:
-            self._ending = True
+        while (news := session.listen()) is not None:
+            self._ending |= "ending" in news
+            if content := news.get("mirrored"):
+                partial = Path(f"{self._mirrored}.partial")
+                partial.write_text(content, encoding="utf-8")
+                partial.replace(self._mirrored)
         status = session.wait()
         if status or not self._leaving:  # at the end of its input the guard leaves with 0
             self._ending = True

@@ -159,17 +159,20 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int
     sys.stderr.flush()
     if job.launcher is None and not supervise:
         os.execvpe(job.command[0], job.command, environment)
-    with other_hosts.Guard(job.hosts, uuid.uuid4().hex) as guard:
+    with other_hosts.Guard(job.hosts, uuid.uuid4().hex, environment.get("DISTPROP_REPORT", "")) as guard:
         status = _run_guarded(job, environment, watch, guard)
         guard.well = status in (0, STATUS)
     return status or int(bool(guard.lost))  # Open MPI's mpirun (5.0) at times calls the loss of a host a success
 
 
 def _run_guarded(job: Job, environment: Mapping[str, str], watch: Watch, guard: other_hosts.Guard) -> int:
-    vendor = job.launcher.vendor if job.launcher else ""
-    marker = guard.marker
-    of_this_run = {"DISTPROP_JOB": marker} | watch.environment() | ({"DISTPROP_SIGN": guard.sign} if job.hosts else {})
-    command = other_hosts.passing_on(job.command, vendor, of_this_run) if job.hosts else job.command
+    vendor, marker = job.launcher.vendor if job.launcher else "", guard.marker
+    of_this_run, command = {"DISTPROP_JOB": marker}, list(job.command)
+    if job.hosts:
+        of_this_run["DISTPROP_SIGN"] = guard.sign
+        known = {**os.environ, **job.environment}  # whose names the planned command has
+        new = {name: environment[name] for name in other_hosts.forwarded(environment) if name not in known}
+        command = other_hosts.passing_on(job.command, vendor, {**new, **of_this_run})
     process = subprocess.Popen(
         [*_tether(), *command],
         # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.

@@ -231,6 +231,25 @@ def test_the_guard_kills_what_is_left_of_a_job_and_only_that() -> None:
 
 
 @pytest.mark.usefixtures("ssh")
+def test_the_guard_brings_here_what_a_rank_writes_and_hears_when_one_ends_the_job(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"  # the same file here and on the played host, so a copy is a new file
+    with hosts.Guard([Host("a")], uuid.uuid4().hex, str(report)) as guard:
+        report.write_text("step 100")
+        written = report.stat().st_ino
+        assert not guard.is_ending()
+        guard.well = True
+    assert report.read_text() == "step 100"
+    assert report.stat().st_ino != written
+    with hosts.Guard([Host("a")], uuid.uuid4().hex) as guard:
+        Path(guard.sign).touch()
+        deadline = time.monotonic() + 10
+        while not guard._ending and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert guard._ending
+    assert not Path(guard.sign).exists()
+
+
+@pytest.mark.usefixtures("ssh")
 def test_the_guard_names_the_host_that_it_loses(capfd: pytest.CaptureFixture[str]) -> None:
     with hosts.Guard([Host("a"), Host("shut")], "-") as guard:
         deadline = time.monotonic() + 10
