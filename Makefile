@@ -1,6 +1,6 @@
 # Two commands need nothing but Python 3.11 or later and make:
 #   make demo    train a network on two MPI ranks
-#   make test    everything that must hold: lint, types, tests in one process, tests under mpirun
+#   make test    everything that must hold: lint, types, tests in one process, tests under mpirun, tests on several hosts
 # `make test-mpis` repeats the parallel tests under other MPI libraries, each in an environment of its own.
 
 PYTHON ?= python3
@@ -13,13 +13,13 @@ MPIS := openmpi4 mpich4 mpich5
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel faults test-mpis clean
+.PHONY: demo test lint types unit parallel faults cluster test-mpis clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/distprop run -n 2 examples/digits.py
 
-test: lint types unit parallel faults
+test: lint types unit parallel faults cluster
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(SOURCES)
@@ -29,7 +29,7 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/cluster
 
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
@@ -37,6 +37,9 @@ parallel: $(VENV)/.dev-installed
 # `unit` has the same tests under Open MPI 5
 faults: .venv-mpich5/.dev-installed
 	.venv-mpich5/bin/python -m pytest tests/test_faults.py
+
+cluster: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest tests/cluster
 
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \

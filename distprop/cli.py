@@ -6,11 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+
+if TYPE_CHECKING:
+    from distprop.hosts import Host
 
 
 class Refusal(click.ClickException):
@@ -59,10 +62,18 @@ _MAX_TIME = click.option(
     metavar="TIME",
     help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
 )
+_HOSTS = click.option(
+    "--hosts", metavar="A:2,B:2", help="Start the ranks on these hosts, over ssh; 2 on each of these."
+)
+_HOSTFILE = click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="The same from a file: a host a line, `A slots=2` or `A:2`."
+)
 
 
 @main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
-@click.option("-n", "--ranks", type=int, required=True, metavar="N", help="How many processes.")
+@click.option("-n", "--ranks", type=int, metavar="N", help="How many processes; with hosts, all slots by default.")
+@_HOSTS
+@_HOSTFILE
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
 @_MAX_RESTARTS
 @_MAX_TIME
@@ -71,7 +82,9 @@ _MAX_TIME = click.option(
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(
-    ranks: int,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
     module: bool,
     max_restarts: int,
     max_time: float,
@@ -80,7 +93,7 @@ def run_command(
     program: str,
     arguments: tuple[str, ...],
 ) -> None:
-    """Run a Python script on N ranks of this host.
+    """Run a Python script on N ranks of this host, or of other hosts.
 
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
@@ -89,8 +102,10 @@ def run_command(
     A Trainer with checkpoints stops early and loses nothing: Ctrl-C, SIGTERM, SIGUSR1 and --max-time make it
     write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
-    limits = Limits(max_restarts, max_time, timeout)
-    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, limits=limits)
+    if ranks is None and not (hosts or hostfile):
+        raise click.UsageError("Missing option '-n', how many processes; or '--hosts', where.")
+    where, limits = Where(hosts, hostfile), Limits(max_restarts, max_time, timeout)
+    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, where=where, limits=limits)
 
 
 @main.command()
@@ -101,6 +116,8 @@ def run_command(
 @_MAX_RESTARTS
 @_MAX_TIME
 @_TIMEOUT
+@_HOSTS
+@_HOSTFILE
 def train(
     config: Path,
     settings: tuple[str, ...],
@@ -109,6 +126,8 @@ def train(
     max_restarts: int,
     max_time: float,
     timeout: float | None,
+    hosts: str | None,
+    hostfile: Path | None,
 ) -> None:
     """Train what the TOML file CONFIG describes.
 
@@ -119,11 +138,11 @@ def train(
 
     try:
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
-        if ranks is not None:
+        if ranks is not None or hosts or hostfile:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            limits = Limits(max_restarts, max_time, timeout)
-            _start(ranks, again, module=True, resume=_resume_train, limits=limits)
+            where, limits = Where(hosts, hostfile, [str(config)]), Limits(max_restarts, max_time, timeout)
+            _start(ranks, again, module=True, where=where, limits=limits, resume=_resume_train)
             return
         if max_restarts:
             raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too")
@@ -409,37 +428,68 @@ class Limits(NamedTuple):
     timeout: float | None = None  # None: that of the environment
 
 
-_NO_LIMITS = Limits()
+class Where(NamedTuple):
+    """The hosts of a job, as they were given, and the files besides the script that must be the same on all of them."""
+
+    hosts: str | None = None
+    hostfile: Path | None = None
+    files: Sequence[str] = ()
+
+    def read(self) -> Sequence[Host]:
+        """The hosts; none for this one alone."""
+        from distprop.hosts import parse_hosts, read_hostfile
+
+        if self.hosts and self.hostfile:
+            raise Refusal("--hosts and --hostfile name the same thing; give one of them")
+        return parse_hosts(self.hosts) if self.hosts else read_hostfile(self.hostfile) if self.hostfile else ()
+
+
+_HERE, _NO_LIMITS = Where(), Limits()
 
 
 def _start(
-    ranks: int,
+    ranks: int | None,
     program: list[str],
     *,
     module: bool = False,
     dry_run: bool = False,
+    where: Where = _HERE,
     limits: Limits = _NO_LIMITS,
     resume: Callable[[str], list[str]] | None = None,
 ) -> None:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop.comm.mpi import MPIMissingError
+    from distprop.hosts import Host, HostsError, alive
     from distprop.launch import Job, LaunchError, plan
     from distprop.restart import Attempt, run_restarting
 
+    def plan_on(ranks: int | None, program: list[str], hosts: Sequence[Host]) -> Job:
+        files, timeout_seconds = where.files, limits.timeout
+        return plan(ranks, program, module=module, hosts=hosts, files=files, timeout_seconds=timeout_seconds)
+
     def plan_attempt(attempt: Attempt) -> Job:
         again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
-        return plan(attempt.ranks, again, module=module, timeout_seconds=limits.timeout)
+        return plan_on(attempt.ranks, again, [Host(name, slots) for name, slots in attempt.hosts.items()])
 
     try:
-        job = plan(ranks, program, module=module, timeout_seconds=limits.timeout)
-    except (LaunchError, MPIMissingError) as error:
+        job = plan_on(ranks, program, where.read())
+    except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:
         click.echo(job.shell())
         return
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
-    sys.exit(run_restarting(job, plan_attempt, max_restarts=limits.max_restarts, max_time=limits.max_time))
+    slots = {host.name: host.slots for host in job.hosts}
+    status = run_restarting(
+        job,
+        plan_attempt,
+        max_restarts=limits.max_restarts,
+        max_time=limits.max_time,
+        hosts=slots,
+        answers=lambda name: bool(alive([Host(name, slots[name])])),
+    )
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def train_from_config(
     )
     results = trainer.fit(train_set, epochs=config.train.epochs, validation=test_set)
     if comm.rank == 0:
-        print(f"results in {run_dir}")
+        reached = results[-1].validation if results else {}
+        accuracy = f"; {reached['accuracy']:.2%} of the validation set are right" if "accuracy" in reached else ""
+        print(f"results in {run_dir}{accuracy}")
     return results
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from distprop import host_probe
+from distprop import hosts as other_hosts
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
 from distprop.stopping import STATUS, TRAINING, Watch
@@ -60,6 +62,7 @@ class Job:
     description: str
     advice: str = ""
     launcher: Launcher | None = field(default=None)  # None: one process, without MPI
+    hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one
 
     def shell(self) -> str:
         """The job as one line that can be pasted into a shell."""
@@ -67,19 +70,38 @@ class Job:
         return " ".join([*assignments, shlex.join(self.command)])
 
 
-def plan(ranks: int, arguments: Sequence[str], *, module: bool = False, timeout_seconds: float | None = None) -> Job:
-    """How to run a script with its arguments (with `module`, a module's name with its arguments) on N ranks here.
+def plan(
+    ranks: int | None,
+    arguments: Sequence[str],
+    *,
+    module: bool = False,
+    hosts: Sequence[other_hosts.Host] = (),
+    files: Sequence[str] = (),
+    timeout_seconds: float | None = None,
+) -> Job:
+    """How to run a script with its arguments (with `module`, a module's name with its arguments) on N ranks.
+
+    They run here, or on `hosts`, which are asked whether they can; without a number they get as many as they take.
+    `files` are those, besides the script, that must be the same on all hosts.
 
     `timeout_seconds` is how long a rank may make no progress while others wait for it.
 
     Raises:
         LaunchError: fewer than one rank, no such script or module, or no launcher that belongs to the MPI library.
+        HostsError: more ranks than slots, or hosts that cannot run the job.
         MPIMissingError: more than one rank, and no MPI library is installed.
     """
-    if ranks < 1:
+    if ranks is None and not hosts:
+        raise LaunchError("say how many ranks, with -n")
+    if ranks is not None and ranks < 1:
         raise LaunchError(f"-n {ranks}: a job has 1 rank or more")
     _check_program(arguments, module)
     program = [*(["-m"] if module else []), *arguments]
+    limit = {} if timeout_seconds is None else {TIMEOUT_VARIABLE: f"{timeout_seconds:g}"}
+    if hosts:
+        script = [] if module or not Path(arguments[0]).is_file() else [arguments[0]]
+        return _plan_hosts(other_hosts.allot(hosts, ranks), program, [*script, *files], limit)
+    assert ranks is not None
     cores = allowed_cores()
     environment, threads = _thread_environment(max(1, cores // ranks))
     if ranks == 1:
@@ -87,12 +109,12 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False, timeout_
 
     library = mpi.library()
     launcher = find_launcher(library)
-    environment["DISTPROP_SIZE"] = str(ranks)  # world() refuses a world of another size
+    environment |= limit | {"DISTPROP_SIZE": str(ranks)}  # world() refuses a world of another size
     environment |= _terminal_environment()
-    if timeout_seconds is not None:
-        environment[TIMEOUT_VARIABLE] = f"{timeout_seconds:g}"
-    environment |= launcher_environment(library, ranks, cores)
-    command = [str(launcher.path), *launcher_flags(library, ranks, cores), sys.executable, "-m", "distprop.rank"]
+    reads_peers = _may_read_peers()
+    environment |= launcher_environment(library, ranks, cores, reads_peers)
+    flags = launcher_flags(library, ranks, cores, reads_peers)
+    command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank"]
     return Job(
         ranks,
         (*command, *program),
@@ -100,6 +122,37 @@ def plan(ranks: int, arguments: Sequence[str], *, module: bool = False, timeout_
         f"{ranks} ranks on this host, {library.name}, {threads} each",
         f"{ranks} ranks share {_count(cores, 'core')}: correct, but slow" if ranks > cores else "",
         launcher,
+    )
+
+
+def _plan_hosts(
+    hosts: Sequence[other_hosts.Host], program: Sequence[str], files: Sequence[str], limit: Mapping[str, str]
+) -> Job:
+    """How to run a program on hosts that have their numbers of ranks."""
+    library = mpi.library()
+    launcher = find_launcher(library)
+    cluster = other_hosts.check(hosts, files)
+    environment, threads = _thread_environment(cluster.threads or 1)
+    if not cluster.threads and environment:  # the hosts differ, and world() gives each rank its share of its host's
+        environment, threads = {}, "as many BLAS threads as each host has cores for"
+    environment |= {"DISTPROP_SIZE": str(cluster.ranks), **limit} | _terminal_environment()
+    cores = cluster.ranks - cluster.oversubscribed
+    environment |= launcher_environment(library, cluster.ranks, cores, cluster.reads_peers)
+    if library.vendor != "openmpi":
+        environment |= other_hosts.hydra_environment(cluster)
+    variables = [*os.environ, *environment]
+    if library.vendor == "openmpi":
+        major = _major(library.version)
+        flags = _open_mpi_flags(
+            major, cluster.ranks, cluster.oversubscribed, cluster.reads_peers, fabric=cluster.fabric
+        )
+        flags += other_hosts.open_mpi_flags(cluster, major, variables, _mca)
+    else:
+        flags = ["-n", str(cluster.ranks), *other_hosts.hydra_flags(cluster, variables)]
+    command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
+    description = f"{_count(cluster.ranks, 'rank')} on {cluster}, {library.name}, {threads} each"
+    return Job(
+        cluster.ranks, tuple(command), environment, description, "; ".join(cluster.advice), launcher, cluster.hosts
     )
 
 
@@ -117,10 +170,26 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout
     sys.stderr.flush()
     if job.launcher is None and not supervise:
         os.execvpe(job.command[0], job.command, environment)
-    marker, witness = uuid.uuid4().hex, Witness()
+    with other_hosts.Guard(job.hosts, uuid.uuid4().hex, environment.get("DISTPROP_REPORT", "")) as guard:
+        status = _run_guarded(job, environment, watch, guard, stdout)
+        guard.well = status in (0, STATUS)
+    return status or int(bool(guard.lost))  # Open MPI's mpirun (5.0) at times calls the loss of a host a success
+
+
+def _run_guarded(
+    job: Job, environment: Mapping[str, str], watch: Watch, guard: other_hosts.Guard, stdout: IO[str] | None
+) -> int:
+    vendor, marker, witness = job.launcher.vendor if job.launcher else "", guard.marker, Witness()
+    of_this_run, command = {**witness.environment, "DISTPROP_JOB": marker}, list(job.command)
+    if job.hosts:
+        of_this_run["DISTPROP_SIGN"] = guard.sign
+        known = {**os.environ, **job.environment}  # whose names the planned command has
+        new = {name: environment[name] for name in other_hosts.forwarded(environment) if name not in known}
+        command = other_hosts.passing_on(job.command, vendor, {**new, **of_this_run})
     process = subprocess.Popen(
-        [*_tether(), *job.command],
-        env={**environment, **witness.environment, "DISTPROP_JOB": marker},
+        [*_tether(), *command],
+        # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.
+        env={**environment, **of_this_run, "DISTPROP_END": ""},
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
         stdout=stdout,
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
@@ -128,7 +197,7 @@ def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout
     stop = _Stop(process, watch)
     previous = stop.listen()
     try:
-        status = _exit_status(_wait(process, marker, witness), job.launcher.vendor if job.launcher else "")
+        status = _exit_status(_wait(process, marker, witness, guard), vendor)
         if status not in (0, STATUS) and not stop.reason:
             print(witness.report(status), end="", file=sys.stderr, flush=True)
     finally:
@@ -157,34 +226,42 @@ def allowed_cores() -> int:
 # ---------------------------------------------------------------------------------------------- what each MPI is told
 
 
-def launcher_flags(library: mpi.Library, ranks: int, cores: int) -> list[str]:
-    """The options of the library's launcher for `ranks` ranks on this host, of which this process may use `cores`."""
+def launcher_flags(library: mpi.Library, ranks: int, cores: int, reads_peers: bool = True) -> list[str]:
+    """The options of the library's launcher for `ranks` ranks on this host, of which this process may use `cores`.
+
+    `reads_peers` says whether a process may read another's memory, which containers forbid.
+    """
     if library.vendor == "openmpi":
-        return _open_mpi_flags(_major(library.version), ranks, oversubscribed=ranks > cores)
+        return _open_mpi_flags(_major(library.version), ranks, ranks > cores, reads_peers)
     return ["-n", str(ranks)]  # Hydra binds no rank to a core, and shared memory is its first choice on one host
 
 
-def launcher_environment(library: mpi.Library, ranks: int, cores: int) -> dict[str, str]:
+def launcher_environment(library: mpi.Library, ranks: int, cores: int, reads_peers: bool = True) -> dict[str, str]:
     """What is said to the library in variables instead; the user's own setting of one wins."""
     wanted = {}
     if library.vendor == "mpich" and ranks > cores:
         # A waiting rank sleeps instead of spinning. 8 ranks on 2 cores: 40 ms a step instead of 200 (4.3), 7-11
         # instead of 16 (5.0). With a core for each rank it would cost 13 ms a step.
         wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+    if library.vendor == "mpich" and not reads_peers:
+        wanted["MPIR_CVAR_CH4_CMA_ENABLE"] = "0"  # 5.0 aborts at the first large message otherwise
     if library.vendor == "impi":
         wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool) -> list[str]:
+def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool, reads_peers: bool, fabric: bool = False) -> list[str]:
     flags = ["-n", str(ranks)]
     # Two ranks would be bound to one core each, which confines their BLAS and loader threads too.
     flags += ["--bind-to", "none"]
     # Slots count whole cores, so as many ranks as hyperthreads would be refused; too many ranks are only slow.
     flags += ["--map-by", ":OVERSUBSCRIBE"] if major >= 5 else ["--oversubscribe"]
-    # Shared memory at once, instead of a search for network adapters: MPI_Init 0.09 s instead of 1.1 s (5.0).
-    flags += _mca("pml", "ob1")
-    flags += _mca("btl", "self,sm,tcp" if major >= 5 else "self,vader,tcp")
+    if not fabric:
+        # Shared memory at once, instead of a search for network adapters: MPI_Init 0.09 s instead of 1.1 s (5.0).
+        flags += _mca("pml", "ob1")
+        flags += _mca("btl", "self,sm,tcp" if major >= 5 else "self,vader,tcp")
+    if not reads_peers:  # it would try, and complain of each large message
+        flags += _mca("smsc", "^cma") if major >= 5 else _mca("btl_vader_single_copy_mechanism", "none")
     if major >= 5:
         flags += _mca("osc", "^ucx")  # prints errors when a shared window is made
     else:
@@ -195,6 +272,12 @@ def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool) -> list[str]:
     if os.geteuid() == 0:
         flags += ["--allow-run-as-root"]  # refused otherwise, and containers run as root
     return flags
+
+
+def _may_read_peers() -> bool:
+    code = "import runpy, sys; sys.exit(not runpy.run_path(sys.argv[1])['may_read_other_processes']())"
+    command = [sys.executable, "-I", "-S", "-c", code, host_probe.__file__]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _mca(name: str, value: str) -> list[str]:
@@ -348,17 +431,23 @@ class _Stop:
         self._process.send_signal(number)
 
 
-def _wait(process: subprocess.Popen[bytes], marker: str, witness: Witness) -> int:
+def _wait(process: subprocess.Popen[bytes], marker: str, witness: Witness, guard: other_hosts.Guard) -> int:
     """Wait for the launcher; without it once it has outlived its ranks, as Open MPI 5.0's at times does for ever."""
     had_ranks, without, next_look = False, 0, time.monotonic() + _LOOK_SECONDS
+    patience = _GRACE_SECONDS  # for the launcher to end the job itself
     while True:
         try:
-            return process.wait(_RECORDS_SECONDS)
+            status = process.wait(_RECORDS_SECONDS)
+            return status if patience == _GRACE_SECONDS else 1
         except subprocess.TimeoutExpired:
             witness.look()
             if time.monotonic() < next_look:
                 continue
             next_look = time.monotonic() + _LOOK_SECONDS
+            if guard.is_ending():
+                patience -= _LOOK_SECONDS
+                process.terminate() if patience > 0 else process.kill()
+                continue
             has_ranks = any(_is_rank(pid) for pid in marked(marker))
             had_ranks = had_ranks or has_ranks  # on other hosts only, there is none to be seen here
             without = 0 if has_ranks or not had_ranks else without + 1

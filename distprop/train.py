@@ -207,12 +207,7 @@ class Trainer:
         results: list[EpochResult] = []
         self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
         shows = self._progress and self.comm.rank == 0
-        with (
-            self._metrics,
-            self._fingerprints,
-            show_progress(shows, int(total)) as progress,
-            self._listening(),
-        ):
+        with self._metrics, self._fingerprints, show_progress(shows, int(total)) as progress, self._listening():
             self._fingerprints.record(self.step)
             stopped = False
             while self.epoch < last_epoch and self.step < last_step and not stopped:
@@ -411,6 +406,11 @@ class Trainer:
 
     def _open_checkpoints(self, root: Path, resume: bool) -> None:
         """Resume, or make sure that no other run's checkpoints are in the way. Rank 0 looks; all ranks know."""
+        restarts = bool(os.environ.get("DISTPROP_RESTARTS"))  # after one, rank 0 may be on another host
+        if resume or restarts:
+            from distprop.shared_folder import check_shared
+
+            check_shared(root, self.comm, required=restarts)
         found = checkpoint.newest(root, _warn) if self.comm.rank == 0 else None
         found = checkpoint.broadcast(found, self.comm)
         if found is not None and not resume:
@@ -421,7 +421,7 @@ class Trainer:
             self._restore(found)
             if self._progress and self.comm.rank == 0:
                 print(f"resuming {root.parent} at step {self.step}", flush=True)
-        if (resume or resume_forced()) and self.comm.rank == 0 and self.run_dir is not None:
+        if resume and self.comm.rank == 0 and self.run_dir is not None:
             forget_after(self.run_dir, self.step)  # all, if the run did not come as far as a checkpoint
         self._report.began(root.parent, self.step)
         if self.checkpoint_every and self.comm.rank == 0:

@@ -19,9 +19,10 @@ FLOORS = [
     {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
-    {"checkpoint"},
+    {"checkpoint", "shared_folder"},
     {"fingerprint", "metrics", "progress", "stopping", "train"},
-    {"config", "job", "launch", "restart", "rank", "bench", "witness", "forecast", "predict", "doctor"},
+    {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
+    {"forecast", "predict", "doctor"},
     {"cli", "__main__"},
 ]
 

@@ -8,6 +8,7 @@ collective, is a hang.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import re
@@ -156,6 +157,7 @@ class MPICommunicator:
         """End every rank of the job."""
         sys.stdout.flush()
         sys.stderr.flush()
+        leave_sign()
         self._comm.Abort(status)
         os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
 
@@ -272,9 +274,20 @@ def leave(status: int, patience_seconds: float) -> bool:
         if time.monotonic() >= deadline:
             if here.speak():
                 _write(report((here.rank,), f"left with exit status {status} before the others", here.seen()))
+            leave_sign()
             MPI.COMM_WORLD.Abort(status)
         time.sleep(0.01)
     return True
+
+
+def leave_sign() -> None:
+    """Tell the guard that `distprop run` has on this host that a rank ends the job.
+
+    After an Abort, Hydra (5.0) at times lets the ranks of a third host go on for ever.
+    """
+    if path := os.environ.get("DISTPROP_SIGN"):
+        with contextlib.suppress(OSError):
+            Path(path).touch()
 
 
 def _let_others_speak(error: BaseException) -> None:
