@@ -40,7 +40,7 @@ cluster: $(VENV)/.dev-installed
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \
 		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4; \
-		.venv-$$mpi/bin/python -m pytest tests/test_launch.py; \
+		.venv-$$mpi/bin/python -m pytest tests/test_launch.py tests/test_stopping.py tests/test_restart.py; \
 	done
 
 $(VENV)/.installed: pyproject.toml

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -169,12 +170,20 @@ class Writer:
     """Writes checkpoints in a thread while training goes on, and keeps the newest `keep` and the best one.
 
     A failed write is reported and training goes on: the checkpoints before it are untouched. The arrays are copied at
-    once, so training may change them.
+    once, so training may change them. `saved` is called with the step of each one that is on the disk, in the thread.
     """
 
-    def __init__(self, root: Path, keep: int = 3, report: Callable[[str], object] = print) -> None:
-        self.root, self.keep, self.report = root, keep, report
+    def __init__(
+        self,
+        root: Path,
+        report: Callable[[str], object] = print,
+        saved: Callable[[int], object] = lambda step: None,
+        keep: int = 3,
+    ) -> None:
+        self.root, self.keep, self.report, self.saved = root, keep, report, saved
         self.best_step: int | None = None
+        self.newest: int | None = None  # the step of the last one that this writer has written
+        self.seconds = 0.0  # how long the slowest one took
         self._thread: threading.Thread | None = None
 
     def write(self, checkpoint: Checkpoint) -> None:
@@ -196,8 +205,11 @@ class Writer:
             self._thread = None
 
     def _write(self, checkpoint: Checkpoint) -> None:
+        began = time.perf_counter()
         try:
             save(self.root, checkpoint)
+            self.newest, self.seconds = checkpoint.step, max(self.seconds, time.perf_counter() - began)
+            self.saved(checkpoint.step)
             prune(self.root, self.keep, self.best_step)
         except OSError as error:
             self.report(f"the checkpoint of step {checkpoint.step} could not be written to {self.root}: {error}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -29,11 +32,40 @@ _HOSTFILE = click.option(
 )
 
 
+def _duration(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
+    """The option --max-time in seconds; infinity without it."""
+    if text is None:
+        return math.inf
+    from distprop.stopping import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_MAX_RESTARTS = click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="After a failure, go on from the last checkpoint, up to K times.",
+)
+_MAX_TIME = click.option(
+    "--max-time",
+    callback=_duration,
+    metavar="TIME",
+    help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
+)
+
+
 @main.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
 @click.option("-n", "--ranks", type=int, metavar="N", help="How many processes; with hosts, all slots by default.")
 @_HOSTS
 @_HOSTFILE
 @click.option("-m", "module", is_flag=True, help="PROGRAM is a module, as in `python -m`.")
+@_MAX_RESTARTS
+@_MAX_TIME
 @click.option("--dry-run", is_flag=True, help="Print the command, and start nothing.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -42,6 +74,8 @@ def run_command(
     hosts: str | None,
     hostfile: Path | None,
     module: bool,
+    max_restarts: int,
+    max_time: float,
     dry_run: bool,
     program: str,
     arguments: tuple[str, ...],
@@ -51,10 +85,22 @@ def run_command(
     It finds the MPI library and the launcher that belongs to it, chooses their options, and shares the cores among the
     ranks. With -n 1 no MPI is needed. The exit status is the script's; Ctrl-C ends every rank.
     Several ranks have no standard input.
+
+    A Trainer with checkpoints stops early and loses nothing: Ctrl-C, SIGTERM, SIGUSR1 and --max-time make it
+    write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
     if ranks is None and not (hosts or hostfile):
         raise click.UsageError("Missing option '-n', how many processes; or '--hosts', where.")
-    _start(ranks, [program, *arguments], module=module, dry_run=dry_run, hosts=hosts, hostfile=hostfile)
+    _start(
+        ranks,
+        [program, *arguments],
+        module=module,
+        dry_run=dry_run,
+        hosts=hosts,
+        hostfile=hostfile,
+        max_restarts=max_restarts,
+        max_time=max_time,
+    )
 
 
 @main.command()
@@ -64,6 +110,8 @@ def run_command(
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
 @_HOSTS
 @_HOSTFILE
+@_MAX_RESTARTS
+@_MAX_TIME
 def train(
     config: Path,
     settings: tuple[str, ...],
@@ -71,10 +119,13 @@ def train(
     ranks: int | None,
     hosts: str | None,
     hostfile: Path | None,
+    max_restarts: int,
+    max_time: float,
 ) -> None:
     """Train what the TOML file CONFIG describes.
 
     Results go to runs/<name of the file>, or to train.run_dir, with the resolved configuration beside them.
+    With train.checkpoint_every, Ctrl-C, SIGTERM, SIGUSR1 and --max-time write a checkpoint and end it with status 75.
     """
     from distprop.config import ConfigError, load_config
 
@@ -83,8 +134,22 @@ def train(
         if ranks is not None or hosts or hostfile:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume
-            _start(ranks, again, module=True, hosts=hosts, hostfile=hostfile, files=[str(config)])
+            _start(
+                ranks,
+                again,
+                module=True,
+                resume=_resume_train,
+                hosts=hosts,
+                hostfile=hostfile,
+                files=[str(config)],
+                max_restarts=max_restarts,
+                max_time=max_time,
+            )
             return
+        if max_restarts:
+            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N or --hosts too")
+        if math.isfinite(max_time):
+            os.environ["DISTPROP_DEADLINE"] = str(time.time() + max_time)
         from distprop.job import train_from_config
 
         # the file that a run has saved names its own folder
@@ -171,6 +236,10 @@ def _widths(sizes: str) -> list[int]:
     return widths
 
 
+def _resume_train(run_dir: str) -> list[str]:
+    return ["distprop", "train", str(Path(run_dir, "config.toml")), "--resume"]
+
+
 def _start(
     ranks: int | None,
     program: list[str],
@@ -180,16 +249,27 @@ def _start(
     hosts: str | None = None,
     hostfile: Path | None = None,
     files: Sequence[str] = (),
+    max_restarts: int = 0,
+    max_time: float = math.inf,
+    resume: Callable[[str], list[str]] | None = None,
 ) -> None:
-    """Start the ranks and leave with their exit status."""
+    """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop.comm.mpi import MPIMissingError
-    from distprop.hosts import HostsError, parse_hosts, read_hostfile
-    from distprop.launch import LaunchError, plan, run
+    from distprop.hosts import Host, HostsError, alive, parse_hosts, read_hostfile
+    from distprop.launch import Job, LaunchError, plan
+    from distprop.restart import Attempt, run_restarting
+
+    def plan_attempt(attempt: Attempt) -> Job:
+        again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
+        left = [Host(name, slots) for name, slots in attempt.hosts.items()]
+        return plan(attempt.ranks, again, module=module, hosts=left, files=files)
 
     if hosts and hostfile:
         raise Refusal("--hosts and --hostfile name the same thing; give one of them")
     try:
-        where = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else ()
+        where = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else []
+        if where and max_restarts:
+            os.environ["DISTPROP_RESTARTS"] = str(max_restarts)  # the ranks then refuse a run_dir that is not shared
         job = plan(ranks, program, module=module, hosts=where, files=files)
     except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
@@ -198,7 +278,18 @@ def _start(
         return
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
-    sys.exit(run(job))
+    try:
+        status = run_restarting(
+            job,
+            plan_attempt,
+            max_restarts=max_restarts,
+            max_time=max_time,
+            hosts={host.name: host.slots for host in where},
+            answers=lambda name: bool(alive([Host(name)])),
+        )
+    except HostsError as error:  # of a restart
+        raise Refusal(str(error)) from error
+    sys.exit(status)
 
 
 if __name__ == "__main__":

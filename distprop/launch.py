@@ -7,6 +7,7 @@ starts it and answers for its processes: whatever happens, none is left behind.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -24,10 +25,12 @@ from types import FrameType
 from distprop import host_probe
 from distprop import hosts as other_hosts
 from distprop.comm import mpi
+from distprop.stopping import STATUS, TRAINING, Watch
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL; Open MPI takes 0.3 (5.0) or 1.0 (4.1) to end its ranks, MPICH 0.02
+_SAVE_SECONDS = 120.0  # for the end of a step, maybe an evaluation, and a checkpoint
 _LOOK_SECONDS = 2.0  # between two looks whether the launcher still has ranks; one takes about 1 ms
 
 
@@ -142,24 +145,27 @@ def _plan_hosts(hosts: Sequence[other_hosts.Host], program: Sequence[str], files
     )
 
 
-def run(job: Job) -> int:
+def run(job: Job, watch: Watch | None = None, *, supervise: bool = False) -> int:
     """Run the job to its end and return its exit status; 128 + n if signal n ended it.
 
-    SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. A single rank takes this
-    process's place instead, so that the terminal, debuggers and signals are its own, and `run` does not return.
+    SIGINT, SIGTERM and SIGHUP end all ranks; a second one, or 5 seconds, does it by force. With a `watch`, a job that
+    trains with checkpoints is first asked to write one and to stop, and has 120 seconds for it. A single rank takes
+    this process's place instead, so that the terminal, debuggers and signals are its own, and `run` does not return;
+    unless the caller wants to `supervise` it.
     """
-    environment = {**os.environ, **job.environment}
+    watch = watch or Watch()
+    environment = {**os.environ, **job.environment, **watch.environment()}
     sys.stdout.flush()
     sys.stderr.flush()
-    if job.launcher is None:
+    if job.launcher is None and not supervise:
         os.execvpe(job.command[0], job.command, environment)
     with other_hosts.Guard(job.hosts, uuid.uuid4().hex, environment.get("DISTPROP_REPORT", "")) as guard:
-        status = _run_guarded(job, job.launcher.vendor, environment, guard)
+        status = _run_guarded(job, job.launcher.vendor if job.launcher else "", environment, guard, watch)
         guard.well = status == 0
     return status or int(bool(guard.lost))  # Open MPI's mpirun (5.0) at times calls the loss of a host a success
 
 
-def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: other_hosts.Guard) -> int:
+def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: other_hosts.Guard, watch: Watch) -> int:
     marker = guard.marker
     of_this_run, command = {"DISTPROP_JOB": marker}, list(job.command)
     if job.hosts:
@@ -174,7 +180,7 @@ def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: o
         start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
         stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
     )
-    stop = _Stop(process)
+    stop = _Stop(process, watch)
     previous = stop.listen()
     try:
         status = _exit_status(_wait(process, marker, guard), vendor)
@@ -184,7 +190,7 @@ def _run_guarded(job: Job, vendor: str, environment: Mapping[str, str], guard: o
             kill_marked(marker)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 + stop.reason if stop.reason else status
+    return 128 + stop.reason if stop.reason and not (watch.asked and status in (0, STATUS)) else status
 
 
 def allowed_cores() -> int:
@@ -358,9 +364,10 @@ def _check_program(arguments: Sequence[str], module: bool) -> None:
 class _Stop:
     """Ends the launcher, gently at the first signal and by force at the next; SIGALRM stands for lost patience."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], watch: Watch) -> None:
         self.reason = 0
         self._process = process
+        self._watch = watch
 
     def listen(self) -> dict[int, signal._HANDLER]:
         """Install the handlers and return the previous ones. What was ignored, as under nohup, stays ignored."""
@@ -372,18 +379,30 @@ class _Stop:
         for number, handler in handlers.items():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handler)
+        if math.isfinite(self._watch.deadline):
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, self._watch.deadline - time.time()))
         return previous
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.reason:
             self._process.kill()
             return
-        self.reason = number
-        print(f"\ndistprop: {signal.Signals(number).name}; ending all ranks", file=sys.stderr, flush=True)
-        self._process.terminate()
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
+        out_of_time = number == signal.SIGALRM
+        self.reason = signal.SIGTERM if out_of_time else number
+        self._watch.ended = True
+        state = self._watch.state()
+        self._watch.asked = bool(state)
+        why = "the time set by --max-time is over" if out_of_time else signal.Signals(number).name
+        what = "the ranks write a checkpoint and stop; once more ends them at once" if state else "ending all ranks"
+        print(f"\ndistprop: {why}; {what}", file=sys.stderr, flush=True)
+        if state == TRAINING:  # with SIGTERM, Open MPI's mpirun would give them 0.25 s (5.0)
+            self._process.send_signal(signal.SIGUSR1)
+        elif not state:
+            self._process.terminate()
+        signal.setitimer(signal.ITIMER_REAL, _SAVE_SECONDS if state else _GRACE_SECONDS)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._watch.ended |= number == signal.SIGUSR1
         self._process.send_signal(number)
 
 
@@ -454,4 +473,4 @@ def _exit_status(returncode: int, vendor: str) -> int:
     if returncode < 0:
         return 128 - returncode
     fatal = {signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM}
-    return 128 + returncode if vendor != "openmpi" and returncode in fatal else returncode
+    return 128 + returncode if vendor not in ("openmpi", "") and returncode in fatal else returncode

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -26,6 +27,17 @@ from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel
 from distprop.progress import Progress, show_progress
+from distprop.stopping import (
+    DISK_BYTES_PER_SECOND,
+    LEAVING,
+    REPORT,
+    TRAINING,
+    Report,
+    StoppedError,
+    StopRequest,
+    resume_forced,
+    stop_message,
+)
 from distprop.tape import Array, no_grad
 from distprop.tensor import Tensor
 
@@ -37,7 +49,8 @@ Batch: TypeAlias = Sequence[Array]
 Callback: TypeAlias = Callable[[StepResult], object]
 
 EVALUATION_ROWS = 512  # rows a rank evaluates at once
-_SENT = ("loss", "correct", "classifies", "bad", "bad_rank")  # what travels with the gradients, summed over the ranks
+# what travels with the gradients, summed over the ranks
+_SENT = ("loss", "correct", "classifies", "bad", "bad_rank", "stop", "save")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -74,7 +87,8 @@ class Trainer:
         checkpoint_every: write a checkpoint every so many steps, when the validation loss is the best so far, and at
             the end of `fit`. The newest three and the best are kept.
         resume: go on from the newest whole checkpoint in `run_dir`, if there is one, on any number of ranks. The first
-            call of `fit` then ends where the interrupted one would have ended.
+            call of `fit` then ends where the interrupted one would have ended. With DISTPROP_RESUME=1, which a restart
+            by `distprop run --max-restarts` sets, every Trainer that has a `run_dir` resumes.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all.
         progress: a live bar on rank 0's terminal, plain lines elsewhere.
@@ -83,6 +97,9 @@ class Trainer:
         ValueError: an argument out of range, or a `run_dir` that holds checkpoints of another run.
         CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
+        StoppedError: by `fit`, on every rank at the same step, after SIGTERM or SIGUSR1 on any of them, Ctrl-C if there
+            are checkpoints, or when DISTPROP_MAX_TIME is nearly over. A checkpoint has been written; as a `SystemExit`
+            it ends the process with status 75. See docs/reliability.md.
     """
 
     def __init__(
@@ -134,8 +151,11 @@ class Trainer:
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
         self._resumed = False
         self._writer: checkpoint.Writer | None = None
+        self._stop_request = StopRequest()
+        self._stop_agreed = False
+        self._report = Report(os.environ.get(REPORT) if self.comm.rank == 0 else None)
         if self.run_dir is not None:
-            self._open_checkpoints(self.run_dir / "checkpoints", resume)
+            self._open_checkpoints(self.run_dir / "checkpoints", resume or resume_forced())
 
     def fit(
         self,
@@ -160,7 +180,7 @@ class Trainer:
             self._fit_began = (self.epoch, self.step)
         self._resumed = False
         loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards)
-        if self.batch >= len(loader):
+        if self.batch > len(loader):
             raise ValueError(
                 f"training stands at batch {self.batch} of its epoch, but {len(dataset)} examples have fewer"
             )
@@ -169,12 +189,20 @@ class Trainer:
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
         results: list[EpochResult] = []
         self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
-        with self._metrics, show_progress(self._progress and self.comm.rank == 0, int(total)) as progress:
+        with (
+            self._metrics,
+            show_progress(self._progress and self.comm.rank == 0, int(total)) as progress,
+            self._listening(),
+        ):
             stopped = False
             while self.epoch < last_epoch and self.step < last_step and not stopped:
                 stopped = self._run_epoch(loader, last_step, progress)
+                if self._stop_agreed:
+                    break  # at once; the epoch ends when the run is resumed
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)
+        if self._stop_agreed:
+            self._leave()
         return results
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
@@ -229,6 +257,12 @@ class Trainer:
                 self._save()
             if stopped or self.step >= last_step:
                 return stopped
+            received = self.parallel.received
+            self._stop_agreed = bool(received["stop"])
+            if self._stop_agreed:
+                return True
+            if received["save"]:
+                self._save()
         return False
 
     def _end_epoch(self, loader: Loader, validation: Dataset | None, progress: Progress) -> EpochResult:
@@ -305,7 +339,8 @@ class Trainer:
                 with self.parallel.no_sync():
                     self.parallel.backward(weighed, examples=len(target))
         bad = not math.isfinite(tally.loss)
-        values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0
+        asked = self._stop_request.numbers(self.comm.rank == 0, self._writer.seconds if self._writer else 0)
+        values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0, *asked
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         self.parallel.backward(weighed, examples=len(target))
 
@@ -316,6 +351,29 @@ class Trainer:
                 f"step {self.step + 1} (epoch {self.epoch + 1}): the loss is not finite on {who} of {self.comm.size}; "
                 "nothing was updated. Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data"
             )
+
+    # --- stopping early
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Inside, signals and the clock stop training; the launcher knows whether a checkpoint comes of it."""
+        saves = self.checkpoint_every is not None
+        self._stop_agreed = False
+        with self._stop_request.listening(saves):
+            self._report.state(TRAINING if saves else "")
+            try:
+                yield
+            finally:
+                self._report.state(LEAVING if self._stop_agreed else "")
+
+    def _leave(self) -> NoReturn:
+        """Every rank is here, after rank 0 has waited for the last checkpoint."""
+        reasons = [reason.decode() for reason in self.comm.allgather(self._stop_request.reason.encode())]
+        newest = self._writer.newest if self._writer is not None else None
+        message = stop_message(reasons, self.step, newest, self.run_dir if self.checkpoint_every else None)
+        if self.comm.rank == 0:
+            _warn(message)
+        raise StoppedError(message)
 
     # --- checkpoints
 
@@ -338,8 +396,13 @@ class Trainer:
                 print(f"resuming {root.parent} at step {self.step}", flush=True)
             if self.comm.rank == 0 and self.run_dir is not None:
                 forget_after(self.run_dir, self.step)
+        elif resume_forced() and self.comm.rank == 0:
+            forget_after(root.parent, 0)  # of an attempt that did not reach its first checkpoint
+        self._report.began(root.parent, self.step)
         if self.checkpoint_every and self.comm.rank == 0:
-            self._writer = checkpoint.Writer(root, report=_warn)
+            self._writer = checkpoint.Writer(root, _warn, lambda step: self._report.reached(root.parent, step))
+            size = 3 * sum(parameter.data.nbytes for parameter in self.model.parameters())  # with an optimizer's state
+            self._writer.seconds = size / DISK_BYTES_PER_SECOND
 
     def _save(self, best: bool = False, final: bool = False) -> None:
         """Write a checkpoint while training goes on; the last one is waited for."""

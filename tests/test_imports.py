@@ -20,8 +20,8 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint", "shared_folder"},
-    {"metrics", "progress", "train"},
-    {"config", "job", "host_probe", "hosts", "launch", "rank", "bench"},
+    {"metrics", "progress", "stopping", "train"},
+    {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench"},
     {"cli", "__main__"},
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -257,23 +258,25 @@ class Jobs:
         with self.start("-m", "distprop.cli", "run", "-n", str(ranks), self.write(source), *arguments) as process:
             return finish(process, stdin)
 
-    def left(self) -> list[str]:
-        found = []
+    def pids(self) -> Iterator[int]:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if self.mark.encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+                    yield int(entry.name)
             except OSError:
                 continue
+
+    def left(self) -> list[str]:
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found
 
     def kill_left(self) -> None:
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (entry / "environ").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                continue
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def finish(process: subprocess.Popen[str], stdin: str = "", seconds: float = 40) -> subprocess.CompletedProcess[str]:
