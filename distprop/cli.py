@@ -147,7 +147,7 @@ def train(
             )
             return
         if max_restarts:
-            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N or --hosts too")
+            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too, or --hosts")
         if math.isfinite(max_time):
             os.environ["DISTPROP_DEADLINE"] = str(time.time() + max_time)
         from distprop.job import train_from_config
