@@ -145,7 +145,7 @@ def train(
             _start(ranks, again, module=True, where=where, limits=limits, resume=_resume_train)
             return
         if max_restarts:
-            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too")
+            raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too, or --hosts")
         if math.isfinite(max_time):
             os.environ["DISTPROP_DEADLINE"] = str(time.time() + max_time)
         from distprop.job import train_from_config
@@ -472,7 +472,10 @@ def _start(
         return plan_on(attempt.ranks, again, [Host(name, slots) for name, slots in attempt.hosts.items()])
 
     try:
-        job = plan_on(ranks, program, where.read())
+        hosts = where.read()
+        if hosts and limits.max_restarts:
+            os.environ["DISTPROP_RESTARTS"] = str(limits.max_restarts)  # the ranks then refuse a run_dir not shared
+        job = plan_on(ranks, program, hosts)
     except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
     if dry_run:

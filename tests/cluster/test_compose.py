@@ -14,7 +14,7 @@ SHORT = "--set train.epochs=3 --set train.deterministic=true"
 
 
 def docker(*arguments: str) -> str:
-    return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 def newest_tensors(run_dir: Path) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def test_the_status_of_the_job_is_the_status_of_the_command(compose: Compose) ->
 
 def test_a_host_that_is_killed_ends_the_job_with_its_name(compose: Compose) -> None:
     long = "--set train.epochs=5000"
-    compose.check("up", "-d", OPTIONS=long)
+    compose.check("up", "-d", OPTIONS=f"--max-restarts 0 {long}")
     launcher = compose.container("launcher")
     wait_for(launcher, "epoch 2 ")
     users = {compose.check("exec", "-T", name, "id", "-un").strip() for name in (*NODES, "launcher")}
@@ -75,6 +75,21 @@ def test_a_host_that_is_killed_ends_the_job_with_its_name(compose: Compose) -> N
     assert int(docker("wait", launcher)) not in (0, 2)
     said = subprocess.run(["docker", "logs", launcher], capture_output=True, text=True).stderr
     assert "lost host node3" in said
+
+
+def test_the_hosts_that_are_left_finish_the_training(compose: Compose) -> None:
+    compose.check("up", "-d", OPTIONS="--max-restarts 1 --set train.epochs=30")
+    launcher = compose.container("launcher")
+    wait_for(launcher, "epoch 6 ")  # past the first checkpoint, of step 100
+    docker("kill", compose.container("node3"))
+    status = int(docker("wait", launcher))
+    log = subprocess.run(
+        ["docker", "logs", launcher], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
+    assert status == 0, log
+    assert "restart 1 of 1 in 1 s on 6 ranks, those of node1, node2, node4" in log
+    assert "resuming /work/runs/digits at step " in log
+    assert "% of the validation set are right" in log
 
 
 def wait_for(container: str, text: str, seconds: float = 90) -> None:
