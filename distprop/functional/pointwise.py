@@ -79,7 +79,7 @@ def in_rows(function: Callable[..., Any], first: Array, *others: Array | None) -
     if first.size:
         length = first.shape[-1]
         rows = [a.reshape(-1, a.shape[-1]) if a is not None and a.ndim else a for a in (first, *others)]
-        _in_blocks(function, first.size // length, max(1, CHUNK // length), rows)
+        _in_blocks(function, first.size // length, max(1, 2 * CHUNK // length), rows)  # fewer arrays, slower calls
 
 
 def laid_out_as(model: Array, array: Array) -> Array:
