@@ -165,7 +165,8 @@ def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
             "first. Add the losses and call backward() once, or compute the forward pass again"
         )
     node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
-    out = [tensor.gradient_target() if tensor.requires_grad else None for tensor in inputs]
+    only = len(inputs) == 1
+    out = [tensor.gradient_target(only) if tensor.requires_grad else None for tensor in inputs]
     if len(inputs) > 1 and out[0] is not None:
         for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there
             if any(inputs[i] is earlier for earlier in inputs[:i]):

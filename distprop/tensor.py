@@ -152,14 +152,20 @@ class Tensor:
         else:
             walk_back(self.node, seed)
 
-    def gradient_target(self) -> Array | None:
-        """Where an operation may write this leaf's gradient, or None; see `Parameter`."""
-        return None
+    def gradient_target(self, only_input: bool = False) -> Array | None:
+        """Where an operation may write this leaf's gradient, or None; see `Parameter`.
+
+        Memory is set aside only for an operation that has this as its `only_input`: the elementwise ones use it.
+        """
+        return np.empty_like(self._data) if only_input and self.node is None and self._grad is None else None
 
     def accumulate(self, gradient: Array, target: Array | None) -> None:
-        """Add `gradient` to `grad`; called by the tape for leaves."""
+        """Add `gradient` to `grad`, or take the `target` that it was written into; called by the tape for leaves."""
         gradient = np.asarray(gradient, self._data.dtype)
-        self._grad = gradient.copy("K") if self._grad is None else np.asarray(self._grad + gradient)
+        if self._grad is not None:
+            self._grad = np.asarray(self._grad + gradient)
+        else:
+            self._grad = gradient if gradient is target else gradient.copy("K")
 
     def detach(self) -> Tensor:
         """The same values, as a constant."""
@@ -266,7 +272,7 @@ class Tensor:
 
     def sigmoid(self) -> Tensor:
         """1 / (1 + e^−x); derivative σ(1 − σ)."""
-        value = stable_sigmoid(self.data)
+        value = sigmoid_of(self.data)
         return _elementwise(value, (self, lambda g: g * (value * (1 - value))))
 
     def relu(self) -> Tensor:
@@ -496,7 +502,7 @@ class Parameter(Tensor):
             self._place()[...] = value
         self._grad_is_set = value is not None
 
-    def gradient_target(self) -> Array | None:
+    def gradient_target(self, only_input: bool = False) -> Array | None:
         """The place of the gradient if nothing of this step is in it yet."""
         return None if self._grad_is_set else self._place()
 
@@ -530,9 +536,12 @@ class Parameter(Tensor):
         return f"Parameter{super().__repr__().removeprefix('tensor')}"
 
 
-def stable_sigmoid(x: Array) -> Array:
-    """1 / (1 + e^−x) without overflow, and exact to rounding for very negative x too: e^min(x, 0) / (1 + e^−|x|)."""
-    return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+def sigmoid_of(x: Array, out: Array | None = None) -> Array:
+    """1 / (1 + e^−x), precise for very negative x too; 0 where e^−x overflows (float32: below −88), as in PyTorch."""
+    with np.errstate(over="ignore"):
+        e = np.exp(np.negative(x, out=out), out=out)
+    e += 1
+    return np.divide(1, e, out=out)
 
 
 Derivative: TypeAlias = Callable[[Array], Array]

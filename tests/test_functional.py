@@ -509,6 +509,40 @@ def test_gelu_is_accurate_far_out_and_over_many_elements(dtype):
     assert (abs(found - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_lower_tails_of_sigmoid_and_softplus_keep_their_digits(dtype):
+    x = np.linspace(-80, 0, 10_001, dtype=dtype)
+    exact = x.astype(np.float64)
+    bound = 8 * np.finfo(dtype).eps
+    for found, expected in (
+        (F.sigmoid(x).data, 1 / (1 + np.exp(-exact))),
+        (F.softplus(x).data, np.log1p(np.exp(exact))),
+    ):
+        assert found.dtype == dtype
+        assert (abs(found - expected) <= bound * expected).all()
+
+
+def test_silu_is_accurate_to_a_rounding_of_its_input():
+    x = np.linspace(-40, 40, 100_001, dtype=np.float32)  # several pieces
+    expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
+    assert (abs(F.silu(x).data - expected) <= np.finfo(np.float32).eps * np.maximum(abs(x), 1e-30)).all()
+
+
+def test_softmax_agrees_with_itself_however_large_the_scores():
+    scores = np.random.default_rng(0).normal(size=(3, 50))  # close to 0 the largest score is not subtracted
+    for function in (F.softmax, F.log_softmax):
+        np.testing.assert_allclose(function(scores + 1e4).data, function(scores).data, rtol=1e-11)
+
+
+def test_a_gradient_written_in_place_belongs_to_its_leaf_alone():
+    x, g = Tensor(np.ones((3, 4)), requires_grad=True), np.ones((3, 4))
+    for times in (1, 2):
+        F.sigmoid(x).backward(g)
+        slope = np.exp(1) / (1 + np.exp(1)) ** 2
+        np.testing.assert_allclose(x.grad, np.full((3, 4), times * slope), rtol=1e-14)
+        assert not np.shares_memory(x.grad, g)
+
+
 def test_gelu_of_arrays_that_are_not_contiguous():
     x = np.random.default_rng(0).normal(size=(6, 8))
     np.testing.assert_array_equal(F.gelu(x.T).data, F.gelu(x).data.T)

@@ -8,40 +8,53 @@ import numpy as np
 
 from distprop.functional.check import floating
 from distprop.functional.normal import normal_cdf
-from distprop.functional.pointwise import pointwise, rowwise
-from distprop.tape import Array, Out
-from distprop.tensor import Operand, Tensor, as_tensor, record, stable_sigmoid
+from distprop.functional.pointwise import pointwise, row_sums, rowwise
+from distprop.tape import Array
+from distprop.tensor import Operand, Tensor, as_tensor, sigmoid_of
 
 
 def relu(input: Operand) -> Tensor:
     """max(x, 0). Derivative: 1 where x > 0, else 0."""
-    x = _float("relu", input)
-    value = np.maximum(x.data, 0)
-
-    def vjp(grad: Array, out: Out) -> list[Array]:
-        return [grad * (value > 0)]
-
-    return record(value, (x,), vjp)
+    return pointwise(
+        _float("relu", input),
+        lambda x, out: np.clip(x, 0, np.inf, out=out),
+        lambda g, x, y, out: np.multiply(g, y > 0, out=out),
+    )
 
 
 def leaky_relu(input: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, else a·x, with a = `negative_slope`. Derivative: 1 or a."""
 
-    def slope(x: Array) -> Array:
-        positive = (x > 0).astype(x.dtype)  # np.where takes ten times as long
-        return positive + (1 - positive) * negative_slope
+    def value(x: Array, out: Array) -> None:
+        np.multiply(x, negative_slope, out=out)
+        (np.maximum if negative_slope <= 1 else np.minimum)(x, out, out=out)
 
-    return pointwise(_float("leaky_relu", input), lambda x: x * slope(x), lambda g, x, y: g * slope(x))
+    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
+        positive = _positive(x)
+        np.subtract(1, positive, out=out)
+        out *= negative_slope
+        out += positive
+        out *= g
+
+    return pointwise(_float("leaky_relu", input), value, derivative)
 
 
 def elu(input: Operand, alpha: float = 1.0) -> Tensor:
-    """x where x > 0, else α(e^x − 1). Derivative: 1, or α e^x. Source: Clevert et al., 2015, arXiv:1511.07289."""
+    """x where x > 0, else α(e^x − 1). Derivative: 1, or α e^x = y + α. Source: Clevert et al., 2015."""
 
-    def derivative(g: Array, x: Array, y: Array) -> Array:
-        positive = (x > 0).astype(x.dtype)
-        return g * (positive + (1 - positive) * (np.minimum(y, 0) + alpha))
+    def value(x: Array, out: Array) -> None:
+        t = np.tanh(0.5 * np.clip(x, -np.inf, 0))
+        t /= 1 - t  # (e^x − 1)/2
+        t *= 2 * alpha
+        np.add(t, np.clip(x, 0, np.inf), out=out)
 
-    return pointwise(_float("elu", input), lambda x: np.maximum(x, 0) + alpha * np.expm1(np.minimum(x, 0)), derivative)
+    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
+        positive = _positive(x)
+        slope = (1 - positive) * (np.clip(y, -abs(alpha), abs(alpha)) + alpha)  # clipped since 0·∞ is not 0
+        slope += positive
+        np.multiply(g, slope, out=out)
+
+    return pointwise(_float("elu", input), value, derivative)
 
 
 def gelu(input: Operand, approximate: str = "none") -> Tensor:
@@ -51,94 +64,130 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
     (1 + tanh u)/2 + x (1 − tanh² u)/2 · u′. Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
     """
     x = _float("gelu", input)
-    if approximate == "none":
-        density = 1 / math.sqrt(2 * math.pi)
-        return pointwise(
-            x,
-            lambda x: x * normal_cdf(x),
-            lambda g, x, y: g * (normal_cdf(x) + x * density * np.exp(-0.5 * x * x)),
-        )
-    if approximate != "tanh":
+    if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
+
+    def value(x: Array, out: Array, slope: Array | None) -> None:
+        cdf = normal_cdf(x)
+        np.multiply(x, cdf, out=out)
+        if slope is not None:
+            np.multiply(x, x, out=slope)
+            slope *= -0.5
+            np.exp(slope, out=slope)
+            slope *= 1 / math.sqrt(2 * math.pi)
+            slope *= x
+            slope += cdf
+
     scale, cubic = math.sqrt(2 / math.pi), 0.044715
 
-    def derivative(g: Array, x: Array, y: Array) -> Array:
+    def tanh_value(x: Array, out: Array, slope: Array | None) -> None:
         squared = x * x
         t = np.tanh(scale * x * (1 + cubic * squared))
-        return g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (scale * (1 + 3 * cubic * squared)))
+        np.multiply(0.5 * x, 1 + t, out=out)
+        if slope is not None:
+            inner = scale * (1 + 3 * cubic * squared)
+            np.multiply(0.5, 1 + t + x * (1 - t * t) * inner, out=slope)
 
-    return pointwise(x, lambda x: 0.5 * x * (1 + np.tanh(scale * x * (1 + cubic * (x * x)))), derivative)
+    return pointwise(x, value if approximate == "none" else tanh_value, _times_slope, keep=True)
 
 
 def silu(input: Operand) -> Tensor:
-    """x σ(x), also called swish. Derivative: σ(1 + x(1 − σ)) = σ + y(1 − σ). Source: Elfwing et al., 2017."""
+    """x σ(x), also called swish. Derivative: σ(1 + x(1 − σ)) = σ(1 + x − y). Source: Elfwing et al., 2017.
 
-    def derivative(g: Array, x: Array, y: Array) -> Array:
-        s = stable_sigmoid(x)
-        return g * (s + y * (1 - s))
+    σ(x) = (1 + tanh(x/2))/2 here, half the time of an exponential; its error is a rounding of 1, as GELU's in PyTorch.
+    """
 
-    return pointwise(_float("silu", input), lambda x: x * stable_sigmoid(x), derivative)
+    def value(x: Array, out: Array, slope: Array | None) -> None:
+        s = np.tanh(np.multiply(x, 0.5, out=slope), out=slope)
+        s *= 0.5
+        s += 0.5
+        np.multiply(x, s, out=out)
+        if slope is not None:
+            rest = x - out
+            rest += 1
+            slope *= rest
+
+    return pointwise(_float("silu", input), value, _times_slope, keep=True)
 
 
 def sigmoid(input: Operand) -> Tensor:
     """σ(x) = 1/(1 + e^−x). Derivative: σ(1 − σ), at most 1/4: a chain of these makes gradients vanish."""
-    return pointwise(_float("sigmoid", input), stable_sigmoid, lambda g, x, y: g * (y * (1 - y)))
+
+    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
+        np.subtract(1, y, out=out)
+        out *= y
+        out *= g
+
+    return pointwise(_float("sigmoid", input), sigmoid_of, derivative)
 
 
 def tanh(input: Operand) -> Tensor:
     """Hyperbolic tangent. Derivative: 1 − tanh²(x)."""
-    return pointwise(_float("tanh", input), np.tanh, lambda g, x, y: g * (1 - y * y))
+    return pointwise(_float("tanh", input), np.tanh, lambda g, x, y, out: np.multiply(g, 1 - y * y, out=out))
 
 
 def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + e^(βx))/β, and x itself where βx > `threshold`. Derivative: σ(βx)."""
 
-    def value(x: Array) -> Array:
+    def value(x: Array, out: Array, slope: Array | None) -> None:
         scaled = beta * x
-        curve = np.log1p(np.exp(-np.abs(scaled)))  # what it is above max(βx, 0)
-        curve *= scaled <= threshold
-        return np.maximum(x, 0) + curve / beta
+        e = np.exp(-np.abs(scaled))
+        e *= scaled <= threshold
+        np.add(np.clip(x, 0, np.inf), log1p_of(e) * (1 / beta), out=out)
+        if slope is not None:
+            np.divide(np.maximum(e, _positive(scaled)), 1 + e, out=slope)
 
-    def derivative(g: Array, x: Array, y: Array) -> Array:
-        scaled = beta * x
-        return g * np.maximum(stable_sigmoid(scaled), scaled > threshold)
-
-    return pointwise(_float("softplus", input), value, derivative)
+    return pointwise(_float("softplus", input), value, _times_slope, keep=True)
 
 
 def softmax(input: Operand, dim: int = -1) -> Tensor:
     """p_i = e^(x_i) / Σ_j e^(x_j) along `dim`. Derivative: p (g − Σ_j g_j p_j)."""
 
-    def value(x: Array) -> Array:
-        p = x - x.max(axis=1, keepdims=True)
-        np.exp(p, out=p)
-        p /= p.sum(axis=1, keepdims=True)
-        return p
+    def value(x: Array, p: Array) -> None:
+        largest = x.max(axis=1, keepdims=True)
+        if np.abs(largest).max() < 0.1 * np.log(np.finfo(x.dtype).max):  # float32: 8.9; then nothing can overflow
+            np.exp(x, out=p)
+        else:
+            np.exp(np.subtract(x, largest, out=p), out=p)
+        p /= row_sums(p)
 
-    def derivative(g: Array, x: Array, p: Array) -> Array:
-        d = g - np.einsum("ij,ij->i", g, p)[:, None]
-        d *= p
-        return d
+    def derivative(g: Array, x: Array, p: Array, out: Array) -> None:
+        np.subtract(g, np.vecdot(g, p)[:, None], out=out)
+        out *= p
 
     return rowwise(_float("softmax", input), dim, value, derivative)
 
 
 def log_softmax(input: Operand, dim: int = -1) -> Tensor:
-    """x − log Σ_j e^(x_j) along `dim`. Derivative: g − p Σ_j g_j, p being the softmax."""
+    """x − log Σ_j e^(x_j) along `dim`. Derivative: g − p Σ_j g_j, p = e/Σ_j e_j being the softmax."""
 
-    def derivative(g: Array, x: Array, y: Array) -> Array:
-        p = np.exp(y)
-        p *= g.sum(axis=1, keepdims=True)
-        return np.subtract(g, p, out=p)
+    def value(x: Array, out: Array, e: Array | None) -> None:
+        np.subtract(x, x.max(axis=1, keepdims=True), out=out)  # so that e^x does not overflow
+        out -= np.log(row_sums(np.exp(out, out=e)))
 
-    return rowwise(_float("log_softmax", input), dim, lambda x: log_softmax_of(x, 1), derivative)
+    def derivative(g: Array, e: Array, y: Array, out: Array) -> None:
+        np.multiply(e, row_sums(g) / row_sums(e), out=out)
+        np.subtract(g, out, out=out)
+
+    return rowwise(_float("log_softmax", input), dim, value, derivative, keep=True)
 
 
-def log_softmax_of(x: Array, dim: int) -> Array:
-    """The value of `log_softmax`, the largest entry subtracted first so that nothing overflows."""
-    shifted = x - x.max(axis=dim, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=dim, keepdims=True))
-    return shifted
+def log1p_of(u: Array) -> Array:
+    """log(1 + u) for 0 ≤ u ≤ 1, precise for small u too: the log of 1 + u as rounded, and what rounding took off."""
+    w = 1 + u
+    u = u - (w - 1)
+    u += np.log(w)
+    return u
+
+
+def _positive(x: Array) -> Array:
+    """1 where x > 0, else 0, in the dtype of x: arithmetic with it takes half the time of that with booleans."""
+    return np.asarray(x > 0, x.dtype)
+
+
+def _times_slope(g: Array, slope: Array, y: Array, out: Array) -> None:
+    """The derivative of operations that keep dy/dx: cheaper than computing it again from x."""
+    np.multiply(g, slope, out=out)
 
 
 def _float(operation: str, input: Operand) -> Tensor:

@@ -7,15 +7,15 @@ so a rank without examples takes part in a step without a special case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from distprop.functional.activation import log_softmax_of
+from distprop.functional.activation import log1p_of
 from distprop.functional.check import class_indices, floating
-from distprop.functional.pointwise import in_pieces
+from distprop.functional.pointwise import in_pieces, in_rows, row_sums
 from distprop.tape import Array, Out
-from distprop.tensor import Operand, Tensor, as_tensor, record, stable_sigmoid
+from distprop.tensor import Operand, Tensor, as_tensor, record, sigmoid_of
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -61,11 +61,12 @@ def cross_entropy(
             )
         q = (1 - label_smoothing) * y + label_smoothing / classes
         q, count = (q if weights is None else q * _along_classes(weights, x.ndim)).astype(x.dtype), x.data[:, 0].size
-    log_p = log_softmax_of(x.data, 1)
+    log_p = _log_softmax(x.data)
     losses = _expected(q, log_p)
 
-    def derivative(g: Array) -> Array:
-        return np.expand_dims(g, 1) * (np.exp(log_p) * q.sum(axis=1, keepdims=True) - q)
+    def derivative(g: Array, d: Array) -> None:
+        each = np.expand_dims(np.broadcast_to(g, losses.shape), 1)
+        np.multiply(each, np.exp(log_p) * q.sum(axis=1, keepdims=True) - q, out=d)
 
     return _reduced(x, losses, derivative, reduction, count)
 
@@ -93,10 +94,9 @@ def nll_loss(
         w *= _class_weights(weight, x.shape[1], x.dtype)[at_label[0].squeeze(1)]
     chosen = np.take_along_axis(x.data, *at_label).squeeze(1)
 
-    def derivative(g: Array) -> Array:
-        d = np.zeros_like(x.data)
+    def derivative(g: Array, d: Array) -> None:
+        d.fill(0)
         np.put_along_axis(d, at_label[0], np.expand_dims(g * -w, 1), 1)
-        return d
 
     return _reduced(x, -np.where(w != 0, w * chosen, 0), derivative, reduction, float(w.sum()))
 
@@ -140,31 +140,42 @@ def binary_cross_entropy_with_logits(
     x, y = _pair("binary_cross_entropy_with_logits", input, target)
     w = np.asarray(1 if weight is None else as_tensor(weight).data, x.dtype)
     positive = y * np.asarray(1 if pos_weight is None else as_tensor(pos_weight).data, x.dtype)
-    inputs = (x.data, y, *np.broadcast_arrays(w, positive, x.data)[:2])
+    inputs = [_whole(array, x.shape) for array in (x.data, y, positive, w)]
+    losses = np.empty(x.shape, x.dtype)
 
-    def value(x: Array, y: Array, w: Array, positive: Array) -> Array:
-        minus_log_p = np.maximum(-x, 0) + np.log1p(np.exp(-np.abs(x)))  # −log σ(x); −log(1 − σ(x)) is x more
-        return w * (positive * minus_log_p + (1 - y) * (x + minus_log_p))
+    def value(x: Array, y: Array, positive: Array, w: Array, out: Array) -> None:
+        minus_log_p = np.clip(-x, 0, np.inf)  # −log σ(x); −log(1 − σ(x)) is x more
+        minus_log_p += log1p_of(np.exp(-np.abs(x)))
+        np.multiply(w, positive * minus_log_p + (1 - y) * (x + minus_log_p), out=out)
 
-    def derivative(g: Array, x: Array, y: Array, w: Array, positive: Array) -> Array:
-        s = stable_sigmoid(x)
-        return g * (w * ((1 - y) * s - positive * (1 - s)))
+    def derivative(x: Array, y: Array, positive: Array, w: Array, g: Array, out: Array) -> None:
+        s = sigmoid_of(x)
+        np.multiply(g * w, (1 - y) * s - positive * (1 - s), out=out)
 
-    return _reduced(x, in_pieces(value, *inputs), lambda g: in_pieces(derivative, g, *inputs), reduction, x.data.size)
+    in_pieces(value, *inputs, losses)
+    return _reduced(
+        x, losses, lambda g, d: in_pieces(derivative, *inputs, _whole(g, x.shape), d), reduction, x.data.size
+    )
 
 
 def _cross_entropy_of_labels(x: Tensor, labels: Array, reduction: Reduction) -> Tensor:
     """The common case without a one-hot array: the derivative is the softmax with 1 taken off at the label."""
-    log_p = log_softmax_of(x.data, 1)
-    rows = np.arange(len(labels))
+    scores, rows = np.ascontiguousarray(x.data), np.arange(len(labels))
+    e = np.empty_like(scores)
+    largest, sums = np.empty((2, len(labels), 1), x.dtype)
 
-    def derivative(g: Array) -> Array:
-        d = np.exp(log_p)
-        d[rows, labels] -= 1
-        d *= g[:, None] if g.ndim else g
-        return d
+    def value(x: Array, e: Array, largest: Array, sums: Array) -> None:
+        np.max(x, axis=1, keepdims=True, out=largest)
+        np.exp(x - largest, out=e)
+        sums[...] = row_sums(e)
 
-    return _reduced(x, -log_p[rows, labels], derivative, reduction, len(labels), spread=False)
+    def derivative(g: Array, d: Array) -> None:
+        np.multiply(e, g.reshape(-1, 1) / sums, out=d)
+        d[rows, labels] -= g
+
+    in_rows(value, scores, e, largest, sums)
+    losses = np.log(sums[:, 0]) + (largest[:, 0] - scores[rows, labels])
+    return _reduced(x, losses, derivative, reduction, len(labels))
 
 
 def _label_distribution(
@@ -183,6 +194,12 @@ def _label_distribution(
     return (q * np.expand_dims(counted, 1)).astype(x.dtype), total
 
 
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
 def _expected(q: Array, log_p: Array) -> Array:
     """−Σ_c q_c log p_c; a class that is impossible, log p = −∞, does not matter where q is 0."""
     return -np.multiply(q, log_p, out=np.zeros_like(log_p), where=q != 0).sum(axis=1)
@@ -195,6 +212,11 @@ def _check_labels(operation: str, x: Tensor, labels: Array, ignore_index: int) -
             f"{operation} got labels of shape {labels.shape} for scores of shape {x.shape}; expected {expected}"
         )
     class_indices(operation, labels, x.shape[1], ignore_index)
+
+
+def _whole(array: Array, shape: tuple[int, ...]) -> Array:
+    """`array` broadcast to `shape` and C-contiguous; a single number as it is."""
+    return np.ascontiguousarray(np.broadcast_to(array, shape)) if array.ndim else array
 
 
 def _class_weights(weight: Operand, classes: int, dtype: np.dtype[np.floating]) -> Array:
@@ -234,20 +256,19 @@ def _difference(
     """A loss of x − y."""
     x, y = _pair(operation, input, target)
     d = x.data - y
-    return _reduced(x, value(d), lambda g: g * derivative(d), reduction, d.size)
+    return _reduced(x, value(d), lambda g, out: np.multiply(g, derivative(d), out=out), reduction, d.size)
 
 
 def _reduced(
     x: Tensor,
     losses: Array,
-    derivative: Callable[[Array], Array],
+    derivative: Callable[[Array, Array], Any],
     reduction: Reduction,
     count: float,
-    spread: bool = True,
 ) -> Tensor:
-    """Reduce `losses` and record the derivative, which is given the gradient of each loss.
+    """Reduce `losses` and record the gradient, which `derivative(g, d)` writes into `d`, a C-contiguous array.
 
-    With `spread` False the derivative also takes a single number for all of them.
+    g is the gradient of each loss, or a single number if they all have the same.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -256,6 +277,8 @@ def _reduced(
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         g = grad if reduction == "none" else np.asarray(grad * np.asarray(scale, x.dtype))
-        return [derivative(np.broadcast_to(g, losses.shape) if spread else g)]
+        d = out[0] if out[0] is not None and out[0].flags.c_contiguous else np.empty(x.shape, x.dtype)
+        derivative(g, d)
+        return [d]
 
     return record(value, (x,), vjp)
