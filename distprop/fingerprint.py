@@ -87,7 +87,8 @@ class Fingerprints:
         self._write(hashes)
         self._comm.barrier()  # the first rank that raises ends the job, and rank 0 is to have written by then
         where = first_difference(Record(tuple(self._model.state_dict()), hashes))
-        raise DivergenceError(f"the ranks no longer have the same parameters: {where}")
+        culprits = tuple(rank for rank, row in enumerate(rows) if not np.array_equal(row, usual))
+        raise DivergenceError(f"the ranks no longer have the same parameters: {where}", culprits)
 
     def __enter__(self) -> Self:
         return self

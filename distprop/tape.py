@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from distprop.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from distprop.tensor import Tensor
 
@@ -97,6 +99,7 @@ def walk_back(root: Node, grad: Array) -> None:
     Raises:
         RuntimeError: a part of the graph was walked before and has been released.
     """
+    keep_freed_memory()
     passes = root.passes
     weight = _common_weight(passes)
     if weight == 0:  # a rank without examples: whatever the loss says, it contributes nothing
@@ -167,10 +170,9 @@ def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
     node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
     only = len(inputs) == 1
     out = [tensor.gradient_target(only) if tensor.requires_grad else None for tensor in inputs]
-    if len(inputs) > 1 and out[0] is not None:
-        for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there
-            if any(inputs[i] is earlier for earlier in inputs[:i]):
-                out[i] = None
+    for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there
+        if out[i] is not None and any(inputs[i] is earlier for earlier in inputs[:i]):
+            out[i] = None
     for tensor, gradient, target in zip(inputs, vjp(grad, out), out, strict=True):
         if gradient is not None and tensor.requires_grad:
             yield tensor, gradient, target

@@ -432,10 +432,10 @@ class Trainer:
 
     def _save(self, best: bool = False, final: bool = False) -> None:
         """Write a checkpoint while training goes on; the last one is waited for. Never of parameters that differ."""
+        here.at(recorder.CHECKPOINT)
         self._fingerprints.flush()  # ranks that differ have nothing to save
         if not self.checkpoint_every:
             return
-        here.at(recorder.CHECKPOINT)
         self.parallel.verify()
         if self._writer is None:
             return

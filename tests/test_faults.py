@@ -41,7 +41,7 @@ FAULTS = {
     "exits": ("end", r"has come to the end of its script or called sys\.exit\(\), while rank 0 waits for it"),
     "runs out of memory": ("forward pass", r"(numpy\..*)?\w*MemoryError"),
     "has a NaN gradient": ("reduction", "a gradient is not finite on rank 1 on .*, parameter 0.weight first"),
-    "changes a parameter": ("checkpoint", "parameter 2.weight of shape .4, 16. differs between ranks: rank 1 against"),
+    "changes a parameter": ("checkpoint", "the first difference is at step 7, layer 2.weight, rank 1"),
     "calls in another order": ("callbacks", "called allgather as collective .*, where ranks 0, 2 called barrier"),
     "evaluates alone": ("evaluation", "called allgather as collective .*, where ranks 0, 2 called "),
 }

@@ -320,6 +320,16 @@ def test_the_gradient_of_a_parameter_lands_in_the_flat_buffer(case):
         np.testing.assert_allclose(parameter.grad, 2 * tensor.grad, rtol=1e-15)
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_parameter_that_an_operation_takes_twice_gets_both_gradients(leaf, rng):
+    x, w = Tensor(rng.normal(size=(3, 4)), requires_grad=True), Parameter(rng.normal(size=4))
+    FlatBuffer([w])
+    weight, bias = (Tensor(w.data.copy(), requires_grad=True) for _ in range(2))
+    for scale, shift in ((w, w), (weight, bias)):
+        F.layer_norm(x if leaf else 2 * x, (4,), scale, shift).sum().backward()
+    np.testing.assert_allclose(w.grad, weight.grad + bias.grad, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_arrays_give_a_constant_with_the_same_value(case):
     inputs, _, _ = case.arguments("float32")
