@@ -20,8 +20,9 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint"},
-    {"fingerprint", "metrics", "progress", "train"},
+    {"environment", "fingerprint", "metrics", "progress", "rundir", "timeline", "train"},
     {"config", "job", "launch", "rank", "bench"},
+    {"report", "svg", "trace"},
     {"cli", "__main__"},
 ]
 

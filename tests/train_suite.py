@@ -385,7 +385,7 @@ def rank_0_writes_a_line_for_every_step_and_epoch(comm: Communicator) -> None:
         results = trainer.fit(classes(10), epochs=2, validation=validation)
         trainer.fit(classes(10), steps=1)
         comm.barrier()
-        assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
+        assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl", "run.json"]
         text = (run_dir / "metrics.jsonl").read_text()
         lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
         steps = [line for line in lines if "epoch_loss" not in line]
