@@ -112,6 +112,7 @@ def run_command(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one value, as in optim.lr=0.1.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
+@click.option("--profile", is_flag=True, help="Write a time line of every rank's first steps; see `distprop trace`.")
 @click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
 @_MAX_RESTARTS
 @_MAX_TIME
@@ -122,6 +123,7 @@ def train(
     config: Path,
     settings: tuple[str, ...],
     resume: bool,
+    profile: bool,
     ranks: int | None,
     max_restarts: int,
     max_time: float,
@@ -140,7 +142,7 @@ def train(
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
         if ranks is not None or hosts or hostfile:
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
-            again += ["--resume"] * resume
+            again += ["--resume"] * resume + ["--profile"] * profile
             where, limits = Where(hosts, hostfile, [str(config)]), Limits(max_restarts, max_time, timeout)
             _start(ranks, again, module=True, where=where, limits=limits, resume=_resume_train)
             return
@@ -152,7 +154,7 @@ def train(
 
         # the file that a run has saved names its own folder
         run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", config.stem)
-        train_from_config(loaded, run_dir, resume)
+        train_from_config(loaded, run_dir, resume, profile=profile)
     except (ConfigError, OSError) as error:
         raise Refusal(str(error)) from error
 
@@ -185,6 +187,42 @@ def fingerprint(run: Path, other: Path | None) -> None:
     if difference is not None:
         click.echo(difference, err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def trace(run: Path) -> None:
+    """Sum up the time line of a profiled run: where the time went, on which rank, and the critical path.
+
+    The file itself, trace.json in RUN, opens in Perfetto (ui.perfetto.dev) and in chrome://tracing.
+    """
+    from distprop.rundir import RunDirError
+    from distprop.trace import read_trace, show
+
+    try:
+        click.echo(show(read_trace(run)))
+    except RunDirError as error:
+        raise Refusal(str(error)) from error
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="By default report.html in the (first) run.")
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Make one HTML file of a run, or of several side by side: curves, gradient health, times, configuration.
+
+    The file needs no network. A run that is still going, or that crashed, is shown as far as it came.
+    """
+    from distprop.report import page
+    from distprop.rundir import RunDirError, read_run
+
+    target = output or runs[0] / "report.html"
+    try:
+        html = page([read_run(run) for run in runs])
+        target.write_text(html, encoding="utf-8")
+    except (RunDirError, OSError) as error:
+        raise Refusal(str(error)) from error
+    click.echo(f"{target}: {len(html) / 1e3:,.0f} kB")
 
 
 @main.group()
@@ -246,7 +284,7 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
     import threadpoolctl
 
     from distprop.bench.ops import HEADER, bench_ops, show, summary
-    from distprop.bench.step import blas_description
+    from distprop.environment import blas_description
 
     threadpoolctl.threadpool_limits(1, user_api="blas")
     click.echo(f"BLAS: {blas_description()}\n{HEADER}")
@@ -298,7 +336,7 @@ def scaling(parts: tuple[str, ...], quick: bool, as_json: bool) -> None:
     import threadpoolctl
 
     from distprop.bench.scaling import PARTS, show
-    from distprop.bench.step import blas_description
+    from distprop.environment import blas_description
 
     if unknown := set(parts) - set(PARTS):
         raise Refusal(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")

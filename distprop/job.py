@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,7 +33,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def train_from_config(
-    config: Config, default_run_dir: Path, resume: bool = False, comm: Communicator | None = None
+    config: Config,
+    default_run_dir: Path,
+    resume: bool = False,
+    comm: Communicator | None = None,
+    profile: bool = False,
 ) -> list[EpochResult]:
     """Load the data, build the model and train it; the resolved configuration is saved beside the metrics.
 
@@ -41,6 +47,57 @@ def train_from_config(
         ConfigError: the configuration does not fit the data, or `run_dir` holds another run.
     """
     comm = comm if comm is not None else world()
+    task = prepare(config)
+    run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
+    trainer = task.trainer(
+        comm=comm,
+        run_dir=run_dir,
+        checkpoint_every=config.train.checkpoint_every,
+        fingerprint=config.train.fingerprint,
+        resume=resume,
+        profile=profile,
+    )
+    results = trainer.fit(task.train_set, epochs=config.train.epochs, validation=task.test_set)
+    if comm.rank == 0:
+        reached = results[-1].validation if results else {}
+        accuracy = f"; {reached['accuracy']:.2%} of the validation set are right" if "accuracy" in reached else ""
+        print(f"results in {run_dir}{accuracy}")
+    return results
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a configuration describes: the examples, and a model with its optimizer before the first step."""
+
+    config: Config
+    train_set: ArrayDataset
+    test_set: ArrayDataset | None
+    model: nn.Sequential
+    optimizer: optim.Optimizer
+
+    def trainer(self, **options: Any) -> Trainer:
+        """The trainer; `options` are those that say where it runs and what it leaves behind."""
+        train = self.config.train
+        return Trainer(
+            self.model,
+            getattr(F, train.loss),
+            self.optimizer,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            deterministic=train.deterministic,
+            shards=train.shards,
+            accumulate=train.accumulate,
+            clip_norm=train.clip_norm,
+            **options,
+        )
+
+
+def prepare(config: Config) -> Task:
+    """Load the data and build the model.
+
+    Raises:
+        ConfigError: the configuration does not fit the data.
+    """
     train_set, test_set = load_data(config.data)
     manual_seed(config.train.seed)
     regression = config.train.loss != "cross_entropy"
@@ -52,29 +109,7 @@ def train_from_config(
     model = build_model(config.model, train_set.x[:1].size, outputs)
     steps_per_epoch = -(-len(train_set) // config.train.batch_size)
     optimizer = build_optimizer(config.optim, model, config.train.epochs * steps_per_epoch)
-    run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
-    trainer = Trainer(
-        model,
-        getattr(F, config.train.loss),
-        optimizer,
-        comm=comm,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        deterministic=config.train.deterministic,
-        shards=config.train.shards,
-        accumulate=config.train.accumulate,
-        clip_norm=config.train.clip_norm,
-        run_dir=run_dir,
-        checkpoint_every=config.train.checkpoint_every,
-        fingerprint=config.train.fingerprint,
-        resume=resume,
-    )
-    results = trainer.fit(train_set, epochs=config.train.epochs, validation=test_set)
-    if comm.rank == 0:
-        reached = results[-1].validation if results else {}
-        accuracy = f"; {reached['accuracy']:.2%} of the validation set are right" if "accuracy" in reached else ""
-        print(f"results in {run_dir}{accuracy}")
-    return results
+    return Task(config, train_set, test_set, model, optimizer)
 
 
 def load_data(data: Data) -> tuple[ArrayDataset, ArrayDataset | None]:

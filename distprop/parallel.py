@@ -130,9 +130,14 @@ class DataParallel:
         self._backwards = 0
         self._bad_gradient = ""  # the first parameter on this rank whose gradient is not finite
         self._verify_due = False
-        self.reduce_seconds = 0.0  # how long the last Allreduce took, waiting for slower ranks included
+        self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
         self._warned = False
+
+    @property
+    def reduce_seconds(self) -> float:
+        """How long the last sum over the ranks took, waiting for slower ranks included."""
+        return (self.reduced[1] - self.reduced[0]) / 1e9
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for this rank's share of the batch."""
@@ -295,7 +300,9 @@ class DataParallel:
         fill_missing(self._trained)  # the gradients are about to be written
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
+        began = time.perf_counter_ns()
         self._tree.total(self._buffer.message)
+        self.reduced = (began, time.perf_counter_ns())
         self._finish(self._tree.shards)
 
     def _reduce(self) -> None:
@@ -304,9 +311,9 @@ class DataParallel:
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
         self._write_lane()
-        began = time.perf_counter()
+        began = time.perf_counter_ns()
         self.comm.allreduce(self._buffer.message)
-        self.reduce_seconds = time.perf_counter() - began
+        self.reduced = (began, time.perf_counter_ns())
         self._finish(self.comm.size)
 
     def _write_lane(self) -> None:

@@ -144,9 +144,12 @@ def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
 def _propagate(root: Node, grad: Array) -> None:
     root.receive(grad)
     heap = [(-root.number, root)]
+    observe = _observer.get()
     try:
         while heap:
             node = heapq.heappop(heap)[1]
+            if observe is not None:
+                observe(node)
             for tensor, gradient, target in _visit(node):
                 source = tensor.node
                 if source is None:
@@ -154,6 +157,8 @@ def _propagate(root: Node, grad: Array) -> None:
                 elif source.receive(gradient):
                     heapq.heappush(heap, (-source.number, source))
     finally:
+        if observe is not None:
+            observe(None)
         for _, node in heap:  # after an error: a later walk through these must not find half a gradient there
             node.grad, node.grad_is_ours = None, False
 
@@ -188,6 +193,21 @@ def no_grad() -> Iterator[None]:
         _recording.reset(token)
 
 
+@contextmanager
+def observe_backward(observe: Callable[[Node | None], object]) -> Iterator[None]:
+    """Inside, backward passes call `observe(node)` before each derivative, and `observe(None)` at their end."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def next_number() -> int:
+    """A number between those of the nodes made before and those of the nodes made after."""
+    return next(_numbers)
+
+
 def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Undo broadcasting: add up `gradient` over the axes along which an operand of `shape` was repeated."""
     if gradient.shape == shape:
@@ -201,3 +221,4 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
+_observer: ContextVar[Callable[[Node | None], object] | None] = ContextVar("observer", default=None)

@@ -29,6 +29,7 @@ from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress, show_progress
+from distprop.rundir import session
 from distprop.stopping import (
     DISK_BYTES_PER_SECOND,
     LEAVING,
@@ -42,6 +43,7 @@ from distprop.stopping import (
 )
 from distprop.tape import Array, no_grad
 from distprop.tensor import Tensor
+from distprop.timeline import STEPS, Profile, Timeline
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
@@ -98,6 +100,8 @@ class Trainer:
             by `distprop run --max-restarts` sets, every Trainer that has a `run_dir` resumes.
         fingerprint: record a hash of every parameter after every step in `run_dir`, and compare the ranks by it every
             16 steps; see `distprop fingerprint`. By default in deterministic mode, if there is a `run_dir`.
+        profile: record the time line of every rank in `trace.json` in `run_dir`, of the next so many steps of `fit`, or
+            of 200 if True; Perfetto opens it, `distprop trace` sums it up.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all.
         progress: a live bar on rank 0's terminal, plain lines elsewhere.
@@ -131,6 +135,7 @@ class Trainer:
         checkpoint_every: int | None = None,
         resume: bool = False,
         fingerprint: bool | None = None,
+        profile: bool | int = False,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -145,6 +150,8 @@ class Trainer:
             raise ValueError("checkpoint_every and resume need a run_dir")
         if run_dir is None and fingerprint:
             raise ValueError("fingerprint=True needs a run_dir")
+        if profile < 0 or (profile and run_dir is None):
+            raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
         _check_optimizer(optimizer, model)
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -164,6 +171,12 @@ class Trainer:
         self._sums = EpochSums()  # of the steps of this epoch
         self._progress = progress
         self._metrics = MetricsFile(None)
+        self._timeline = Timeline()
+        self._profile: Profile | None = None
+        if profile and self.run_dir is not None:
+            self._profile = Profile(
+                self._timeline, model, self.comm, self.run_dir, STEPS if profile is True else profile
+            )
         self._best_loss = math.inf
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
         self._resumed = False
@@ -206,8 +219,16 @@ class Trainer:
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
         results: list[EpochResult] = []
         self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
-        shows = self._progress and self.comm.rank == 0
-        with self._metrics, self._fingerprints, show_progress(shows, int(total)) as progress, self._listening():
+        noted = session(self.run_dir, self.comm, self._settings(dataset, epochs, steps))
+        progress_shown = show_progress(self._progress and self.comm.rank == 0, int(total))
+        with (
+            noted,
+            self._metrics,
+            self._fingerprints,
+            progress_shown as progress,
+            self._profiling(),
+            self._listening(),
+        ):
             self._fingerprints.record(self.step)
             stopped = False
             while self.epoch < last_epoch and self.step < last_step and not stopped:
@@ -263,7 +284,7 @@ class Trainer:
         """The rest of the current epoch, or its part before `last_step`; tells whether a callback stops training."""
         self.model.train()
         here.at(recorder.DATA, self.step + 1)
-        for batch in loader.batches(self.epoch, self.batch):
+        for batch in self._timeline.waiting(loader.batches(self.epoch, self.batch)):
             result = self._step(batch, loader.rows(self.batch))
             here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
@@ -291,10 +312,13 @@ class Trainer:
         if self.batch == len(loader):
             self.epoch, self.batch, self._sums = self.epoch + 1, 0, EpochSums()
         if validation is not None:
-            result.validation = self.evaluate(validation)
+            with self._timeline("evaluation"):
+                result.validation = self.evaluate(validation)
+        seconds = {"seconds": self._timeline.take_all(self.comm)} if self.run_dir is not None else {}
         self._metrics.write(
             {"epoch": result.epoch, "step": self.step, "epoch_loss": result.loss, **result.metrics}
             | {f"validation_{name}": value for name, value in result.validation.items()}
+            | seconds
         )
         progress.epoch(result.epoch, result.loss, result.metrics, result.validation)
         best = result.validation.get("loss", math.inf) < self._best_loss
@@ -313,7 +337,9 @@ class Trainer:
 
     def _step(self, batch: Batch, rows: int) -> StepResult:
         """Forward, backward, reduction, update."""
-        began = time.perf_counter()
+        if self._profile is not None:
+            self._profile.begin_step()
+        began = time.perf_counter_ns()
         self.optimizer.zero_grad()
         try:
             if self.shards is None:
@@ -323,16 +349,20 @@ class Trainer:
         except NonFiniteGradientError:
             self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
             raise
+        self._timeline.add("reduction", *self.parallel.reduced, inside=None if self.shards else "backward")
         received = self.parallel.received
         self._refuse_non_finite(received)
-        if self.clip_norm is not None:
-            clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
         lr = self.optimizer.lr
-        self.optimizer.step()
+        with self._timeline("update"):
+            if self.clip_norm is not None:
+                clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
+            self.optimizer.step()
         self.step += 1
         examples = received["examples"]
         metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter_ns() - began) / 1e9
+        if self._profile is not None:
+            self._profile.end_step(self.step, began)
         return StepResult(self.step, self.epoch, received["loss"] / examples, metrics, int(examples), lr, seconds)
 
     def _shard_by_shard(self, batch: Batch, rows: int, shards: int) -> None:
@@ -353,20 +383,22 @@ class Trainer:
             piece = share(len(batch[-1]), number, self.accumulate)
             random.at(place.seed, place.step, first_row + piece.start)
             *inputs, target = (array[piece] for array in batch)
-            output = self.parallel(*inputs)
-            loss = self.loss(output, target)
+            with self._timeline("forward"):
+                output = self.parallel(*inputs)
+                loss = self.loss(output, target)
             if loss.data.size != 1:
                 raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
             tally.add(loss.item(), output, target, len(target))
             weighed = loss if self.accumulate == 1 else loss / self.accumulate
             if number < self.accumulate - 1:
-                with self.parallel.no_sync():
+                with self._timeline("backward"), self.parallel.no_sync():
                     self.parallel.backward(weighed, examples=len(target))
         bad = not math.isfinite(tally.loss)
         asked = self._stop_request.numbers(self.comm.rank == 0, self._writer.seconds if self._writer else 0)
         values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0, *asked
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
-        self.parallel.backward(weighed, examples=len(target))
+        with self._timeline("backward"):
+            self.parallel.backward(weighed, examples=len(target))
 
     def _refuse_non_finite(self, received: Mapping[str, float]) -> None:
         if received["bad"]:
@@ -454,9 +486,10 @@ class Trainer:
             "optimizer": optimizer,
             **self._identity(),
         }
-        self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
-        if final:
-            self._writer.wait()
+        with self._timeline("checkpoint"):
+            self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
+            if final:
+                self._writer.wait()
 
     def _restore(self, found: Checkpoint) -> None:
         different = [
@@ -474,6 +507,35 @@ class Trainer:
         self._best_loss = found.state["best_loss"] if found.state["best_loss"] is not None else math.inf
         began_epoch, began_step = found.state["fit_began"]
         self._fit_began, self._resumed = (began_epoch, began_step), True
+
+    def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
+        """What a reader of the run's folder wants to know of this call of `fit`."""
+        return {
+            "from_step": self.step,
+            "model": repr(self.model),
+            "parameters": sum(parameter.data.size for parameter in self.model.parameters()),
+            "optimizer": type(self.optimizer).__name__,
+            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
+            "lr": self.optimizer.lr,
+            "examples": len(dataset),
+            "epochs": epochs,
+            "steps": steps,
+            "deterministic": self.shards is not None,
+            "clip_norm": self.clip_norm,
+            **self._identity(),
+        }
+
+    @contextmanager
+    def _profiling(self) -> Iterator[None]:
+        """Writes the profile at the end, if it was not complete before."""
+        if self._profile is None:
+            yield
+            return
+        try:
+            yield
+            self._profile.finish()
+        finally:
+            self._profile.close()
 
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""

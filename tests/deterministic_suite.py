@@ -221,10 +221,10 @@ def train(
 
 
 def hash_of_files(comm: Communicator, folder: Path) -> str:
-    """Every file of a run by name, bit for bit; only the times in its metrics are left out."""
+    """Every file of a run by name, bit for bit, but for the times in its metrics and what says how it was run."""
     digest = hashlib.sha256()
     if comm.rank == 0:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
         assert sum(path.name == "manifest.json" for path in paths) >= 3
         for path in paths:
             content = path.read_bytes()

@@ -20,9 +20,9 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint", "shared_folder"},
-    {"fingerprint", "metrics", "progress", "stopping", "train"},
+    {"environment", "fingerprint", "metrics", "progress", "rundir", "stopping", "timeline", "train"},
     {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
-    {"forecast", "predict", "doctor"},
+    {"forecast", "predict", "doctor", "report", "svg", "trace"},
     {"cli", "__main__"},
 ]
 

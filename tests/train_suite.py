@@ -443,7 +443,7 @@ def rank_0_writes_a_line_for_every_step_and_epoch(comm: Communicator) -> None:
         results = trainer.fit(classes(10), epochs=2, validation=validation)
         trainer.fit(classes(10), steps=1)
         comm.barrier()
-        assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
+        assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl", "run.json"]
         text = (run_dir / "metrics.jsonl").read_text()
         lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
         steps = [line for line in lines if "epoch_loss" not in line]
@@ -459,6 +459,9 @@ def rank_0_writes_a_line_for_every_step_and_epoch(comm: Communicator) -> None:
                 "lr": 0.3,
                 "examples": result.examples,
             }
+        for line in epochs:  # of every rank, by phase
+            assert {"forward", "backward", "reduction", "update"} <= line["seconds"].keys()
+            assert all(len(of_ranks) == comm.size for of_ranks in line.pop("seconds").values())
         assert lines[3] == {
             "epoch": 0,
             "step": 3,

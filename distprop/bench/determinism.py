@@ -10,9 +10,10 @@ import numpy as np
 
 from distprop import functional as F
 from distprop import optim
-from distprop.bench.step import LR, MOMENTUM, blas_description, relu_network
+from distprop.bench.step import LR, MOMENTUM, relu_network
 from distprop.comm import Communicator
 from distprop.data import ArrayDataset
+from distprop.environment import blas_description
 from distprop.metrics import StepResult
 from distprop.random import manual_seed
 from distprop.train import Trainer

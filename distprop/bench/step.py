@@ -15,6 +15,7 @@ import numpy as np
 from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import Communicator
+from distprop.environment import blas_description
 from distprop.parallel import DataParallel
 from distprop.random import manual_seed
 from distprop.tape import Array
@@ -70,18 +71,6 @@ def relu_network(sizes: Sequence[int]) -> nn.Sequential:
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def blas_description() -> str:
-    """Which BLAS runs, with which kernels and how many threads."""
-    import threadpoolctl
-
-    found = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
-    return "; ".join(
-        f"{blas['internal_api']} {blas.get('version')}, {blas.get('architecture', 'unknown')} kernels, "
-        f"{blas['num_threads']} thread{'s' * (blas['num_threads'] > 1)}"
-        for blas in found
-    )
 
 
 def _package_step(comm: Communicator, sizes: Sequence[int]) -> Callable[[Array, Array], tuple[float, ...]]:
