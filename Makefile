@@ -39,14 +39,15 @@ faults: .venv-mpich5/.dev-installed
 	.venv-mpich5/bin/python -m pytest tests/test_faults.py
 
 cluster: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest -m "not timing" tests/cluster
 
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \
 		case $$mpi in *5) more="5 8";; *) more=;; esac; \
 		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4 $$more; \
-		.venv-$$mpi/bin/python -m pytest tests/test_launch.py tests/test_stopping.py tests/test_restart.py; \
+		.venv-$$mpi/bin/python -m pytest tests/test_launch.py; \
 	done
+	.venv-mpich5/bin/python -m pytest tests/test_stopping.py tests/test_restart.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distprop needs Python 3.11 or later; make PYTHON=python3.12 ...")'

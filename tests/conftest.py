@@ -4,11 +4,17 @@ The suites hold scenarios that several test modules run; pytest is to explain th
 """
 
 import os
+import signal
 
 import numpy as np
 import pytest
 
 import distprop.random
+
+# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP too, and processes inherit that. Tests
+# send these signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_suite", "split_invariance", "train_suite")
 

@@ -84,6 +84,7 @@ def hosts(image: str) -> Iterator[dict[str, str]]:
         subprocess.run(["docker", "volume", "rm", mark], capture_output=True, check=False)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("rate", BURSTS)
 def test_predicted_and_measured_step_differ_by_less_than_15_percent(rate: str, hosts: dict[str, str]) -> None:
     for container in hosts.values():
