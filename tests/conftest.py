@@ -11,8 +11,8 @@ import pytest
 
 import distprop.random
 
-# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP too, and processes inherit that. Tests
-# send these signals.
+# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP too, and processes inherit that.
+# Tests send these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
