@@ -19,7 +19,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 demo: $(VENV)/.installed
 	$(BIN)/distprop run -n 2 examples/digits.py
 
-test: lint types unit parallel faults cluster
+test: lint types unit parallel faults
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(SOURCES)
@@ -38,6 +38,7 @@ parallel: $(VENV)/.dev-installed
 faults: .venv-mpich5/.dev-installed
 	.venv-mpich5/bin/python -m pytest tests/test_faults.py
 
+# On several hosts, which are containers: needs Docker with Compose
 cluster: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m "not timing" tests/cluster
 
