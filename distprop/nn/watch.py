@@ -20,7 +20,7 @@ def watch_forward(
     >>> layer = Linear(3, 2)
     >>> with watch_forward(layer, lambda module: None, lambda module, output: print(module, output.shape)):
     ...     output = layer(np.ones((4, 3), np.float32))
-    Linear(in_features=3, out_features=2, bias=True) (4, 2)
+    Linear(3, 2) (4, 2)
     """
     watched = {id(module): (module, vars(module).get("forward")) for module in model.modules()}
     for module, _ in watched.values():

@@ -48,7 +48,7 @@ def test_ranks_of_one_node_share_their_messages(comm):
 
 @pytest.mark.mpi(min_size=2)
 def test_without_shared_memory_the_library_sums(monkeypatch, tmp_path):
-    monkeypatch.setattr(node, "_FOLDER", tmp_path / "missing")
+    monkeypatch.setattr(node, "_FOLDER", str(tmp_path / "missing"))
     comm = mpi.MPICommunicator()
     assert comm.node.arrays(comm.allocate(10, np.float32)) is None
     for parameter in suite.under_mpi():
