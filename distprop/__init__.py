@@ -9,6 +9,8 @@
 The same script runs on one process with `python script.py` and on N with `distprop run -n N script.py`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from distprop import comm, data, functional, nn, optim, testing
 from distprop.comm import world
 from distprop.metrics import StepResult
@@ -16,8 +18,10 @@ from distprop.parallel import DataParallel
 from distprop.random import manual_seed
 from distprop.tape import no_grad
 from distprop.tensor import Parameter, Tensor, record, tensor
-from distprop.train import Trainer
 from distprop.weights import load_state, save_state
+
+if TYPE_CHECKING:
+    from distprop.train import Trainer
 
 __version__ = "0.1.0"
 
@@ -42,3 +46,13 @@ __all__ = [
     "testing",
     "world",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Trainer` is loaded when it is first asked for: with what it writes and watches it is a fifth of the import."""
+    if name == "Trainer":
+        from distprop.train import Trainer
+
+        globals()["Trainer"] = Trainer
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ in the order in which they were assigned.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, overload
 
@@ -263,5 +262,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _unexpected(name: str, own: Mapping[str, Array]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, own, n=1)
     return f"{name}: unexpected" + (f" (did you mean {near[0]}?)" if near else "")
