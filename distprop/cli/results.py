@@ -1,0 +1,76 @@
+"""`distprop fingerprint`, `trace` and `report`: what the folder of a run says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from distprop.cli.start import Refusal
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+def fingerprint(run: Path, other: Path | None) -> None:
+    """Print one hash of the parameters for each step of a run, or compare two runs.
+
+    The lines of RUN can be compared with those of another run by `diff`. With OTHER, the first step, the first layer
+    and the first rank that differ are named instead. The exit status is 1 if the runs, or the ranks of one, differ.
+    """
+    from distprop.fingerprint import RecordError, compare, first_difference, read
+
+    try:
+        record = read(run)
+        if other is None:
+            difference = first_difference(record)
+            for step, hashes in sorted(record.steps.items()):
+                click.echo(f"{step}  {hashes.together}")
+        else:
+            second = read(other)
+            difference = compare(record, second)
+            if difference is None:
+                common = record.steps.keys() & second.steps.keys()
+                click.echo(f"the runs agree at all {len(common)} steps of both, from {min(common)} to {max(common)}")
+    except RecordError as error:
+        raise Refusal(str(error)) from error
+    if difference is not None:
+        click.echo(difference, err=True)
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def trace(run: Path) -> None:
+    """Sum up the time line of a profiled run: where the time went, on which rank, and the critical path.
+
+    The file itself, trace.json in RUN, opens in Perfetto (ui.perfetto.dev) and in chrome://tracing.
+    """
+    from distprop.rundir import RunDirError
+    from distprop.trace import read_trace, show
+
+    try:
+        click.echo(show(read_trace(run)))
+    except RunDirError as error:
+        raise Refusal(str(error)) from error
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="By default report.html in the (first) run.")
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Make one HTML file of a run, or of several side by side: curves, gradient health, times, configuration.
+
+    The file needs no network. A run that is still going, or that crashed, is shown as far as it came.
+    """
+    from distprop.report import page
+    from distprop.rundir import RunDirError, read_run
+
+    target = output or runs[0] / "report.html"
+    try:
+        html = page([read_run(run) for run in runs])
+        target.write_text(html, encoding="utf-8")
+    except (RunDirError, OSError) as error:
+        raise Refusal(str(error)) from error
+    click.echo(f"{target}: {len(html) / 1e3:,.0f} kB")

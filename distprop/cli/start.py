@@ -1,0 +1,147 @@
+"""What the commands share: options, and starting the ranks of a job."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+if TYPE_CHECKING:
+    from distprop.hosts import Host
+
+
+class Refusal(click.ClickException):
+    """An error that the user can put right: one message, no traceback, exit status 2."""
+
+    exit_code = 2
+
+
+def _duration(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
+    """The option --max-time in seconds; infinity without it."""
+    if text is None:
+        return math.inf
+    from distprop.stopping import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+TIMEOUT = click.option(
+    "--timeout",
+    type=click.FloatRange(0, 365 * 86400),
+    metavar="SECONDS",
+    help="End the job when a rank makes no progress for so long while others wait for it; 0 for never.  "
+    "[default: DISTPROP_TIMEOUT, or 120]",
+)
+MAX_RESTARTS = click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="After a failure, go on from the last checkpoint, up to K times.",
+)
+MAX_TIME = click.option(
+    "--max-time",
+    callback=_duration,
+    metavar="TIME",
+    help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
+)
+HOSTS = click.option("--hosts", metavar="A:2,B:2", help="Start the ranks on these hosts, over ssh; 2 on each of these.")
+HOSTFILE = click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="The same from a file: a host a line, `A slots=2` or `A:2`."
+)
+SIZES = click.option("--sizes", default="784,512,512,10", show_default=True, help="Widths of the network's layers.")
+RANKS = click.option("-n", "--ranks", type=int, default=None, metavar="N", help="Start N ranks of this host.")
+
+
+def parse_widths(sizes: str) -> list[int]:
+    """What --sizes says."""
+    try:
+        widths = [int(width) for width in sizes.split(",")]
+    except ValueError:
+        widths = []
+    if len(widths) < 2 or min(widths) < 1:
+        raise Refusal(f"--sizes takes two or more positive whole numbers with commas between them, got {sizes!r}")
+    return widths
+
+
+class Limits(NamedTuple):
+    """How long a job may take, wait and fail."""
+
+    max_restarts: int = 0
+    max_time: float = math.inf
+    timeout: float | None = None  # None: that of the environment
+
+
+class Where(NamedTuple):
+    """The hosts of a job, as they were given, and the files besides the script that must be the same on all of them."""
+
+    hosts: str | None = None
+    hostfile: Path | None = None
+    files: Sequence[str] = ()
+
+    def read(self) -> Sequence[Host]:
+        """The hosts; none for this one alone."""
+        from distprop.hosts import parse_hosts, read_hostfile
+
+        if self.hosts and self.hostfile:
+            raise Refusal("--hosts and --hostfile name the same thing; give one of them")
+        return parse_hosts(self.hosts) if self.hosts else read_hostfile(self.hostfile) if self.hostfile else ()
+
+
+HERE, NO_LIMITS = Where(), Limits()
+
+
+def start(
+    ranks: int | None,
+    program: list[str],
+    *,
+    module: bool = False,
+    dry_run: bool = False,
+    where: Where = HERE,
+    limits: Limits = NO_LIMITS,
+    resume: Callable[[str], list[str]] | None = None,
+) -> None:
+    """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
+    from distprop.comm.mpi import MPIMissingError
+    from distprop.hosts import Host, HostsError, alive
+    from distprop.launch import Job, LaunchError, plan
+    from distprop.restart import Attempt, run_restarting
+
+    def plan_on(ranks: int | None, program: list[str], hosts: Sequence[Host]) -> Job:
+        files, timeout_seconds = where.files, limits.timeout
+        return plan(ranks, program, module=module, hosts=hosts, files=files, timeout_seconds=timeout_seconds)
+
+    def plan_attempt(attempt: Attempt) -> Job:
+        again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
+        return plan_on(attempt.ranks, again, [Host(name, slots) for name, slots in attempt.hosts.items()])
+
+    try:
+        hosts = where.read()
+        if hosts and limits.max_restarts:
+            os.environ["DISTPROP_RESTARTS"] = str(limits.max_restarts)  # the ranks then refuse a run_dir not shared
+        job = plan_on(ranks, program, hosts)
+    except (LaunchError, HostsError, MPIMissingError) as error:
+        raise Refusal(str(error)) from error
+    if dry_run:
+        click.echo(job.shell())
+        return
+    for line in filter(None, (job.description, job.advice)):
+        click.echo(f"distprop: {line}", err=True)
+    slots = {host.name: host.slots for host in job.hosts}
+    status = run_restarting(
+        job,
+        plan_attempt,
+        max_restarts=limits.max_restarts,
+        max_time=limits.max_time,
+        hosts=slots,
+        answers=lambda name: bool(alive([Host(name, slots[name])])),
+    )
+    sys.exit(status)
