@@ -22,6 +22,7 @@ from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
+from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally, forget_after
 from distprop.nn.module import Module
@@ -41,7 +42,7 @@ from distprop.stopping import (
     resume_forced,
     stop_message,
 )
-from distprop.tape import Array, no_grad
+from distprop.tape import Array
 from distprop.tensor import Tensor
 from distprop.timeline import STEPS, Profile, Timeline
 
@@ -52,7 +53,6 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Sequence[Array]
 Callback: TypeAlias = Callable[[StepResult], object]
 
-EVALUATION_ROWS = 512  # rows a rank evaluates at once
 # what travels with the gradients, summed over the ranks
 _SENT = ("loss", "correct", "classifies", "bad", "bad_rank", "stop", "save")
 
@@ -242,41 +242,8 @@ class Trainer:
         return results
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Mean loss, and accuracy where targets are class labels, over all of `dataset`.
-
-        Each rank evaluates its share; sums and counts are reduced, so every example counts once. Dropout and batch
-        statistics are switched off meanwhile.
-        """
-        if not len(dataset):
-            raise ValueError("evaluate() got an empty dataset")
-        was_training = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        here.at(recorder.EVALUATION)
-        sums: list[tuple[float, ...]] = []
-        try:
-            with no_grad():
-                for block in self._evaluation_blocks(len(dataset)):
-                    *inputs, target = dataset[np.arange(block.start, block.stop)]
-                    output, tally = self.model(*inputs), Tally()
-                    tally.add(self.loss(output, target).item(), output, target, len(target))
-                    sums.append((tally.examples, tally.loss, tally.correct, tally.classifies))
-        finally:
-            for module, training in was_training:
-                module.training = training
-        of_all = np.frombuffer(b"".join(self.comm.allgather(np.array(sums, np.float64).tobytes())))
-        columns = of_all.reshape(-1, 4).T.tolist()
-        examples, loss, correct, classifies = (math.fsum(column) for column in columns)  # exact, so in any order
-        return {"loss": loss / examples} | ({"accuracy": correct / examples} if classifies else {})
-
-    def _evaluation_blocks(self, rows: int) -> Iterator[slice]:
-        """What this rank evaluates: even shares, or in deterministic mode blocks that do not depend on the ranks."""
-        if self.shards is None:
-            mine = share(rows, self.comm.rank, self.comm.size)
-        else:
-            blocks = share(math.ceil(rows / EVALUATION_ROWS), self.comm.rank, self.comm.size)
-            mine = slice(blocks.start * EVALUATION_ROWS, min(blocks.stop * EVALUATION_ROWS, rows))
-        for start in range(mine.start, mine.stop, EVALUATION_ROWS):
-            yield slice(start, min(start + EVALUATION_ROWS, mine.stop))
+        """Mean loss, and accuracy where targets are class labels, over all of `dataset`; the same on every rank."""
+        return evaluate(self.model, self.loss, dataset, self.comm, self.shards is not None)
 
     # --- an epoch and its steps
 

@@ -15,10 +15,11 @@ from distprop import manual_seed, nn, optim
 from distprop.comm import Communicator
 from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
+from distprop.evaluation import EVALUATION_ROWS
 from distprop.metrics import StepResult
 from distprop.parallel import DivergenceError, NonFiniteGradientError
 from distprop.tensor import Tensor
-from distprop.train import EVALUATION_ROWS, NonFiniteLossError, Trainer
+from distprop.train import NonFiniteLossError, Trainer
 from scenario import Suite
 
 suite = Suite()
