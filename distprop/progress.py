@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from distprop.metrics import StepResult
 
@@ -19,6 +20,12 @@ class Progress:
 
     def epoch(self, epoch: int, loss: float, metrics: Mapping[str, float], validation: Mapping[str, float]) -> None:
         """One epoch has ended."""
+
+    def health(self, line: Mapping[str, Any]) -> None:
+        """The gradients were looked at; `line` is what `metrics.jsonl` says of it."""
+
+    def verdict(self, text: str) -> None:
+        """Something is wrong with the training, in words, and what to do."""
 
     def close(self) -> None:
         """Training has ended."""
