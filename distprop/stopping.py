@@ -18,7 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distprop.comm import Communicator
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
@@ -111,27 +113,30 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
+        self.agreed = False  # all ranks know that one of them was asked
         self._save_now = False
         self._deadline = deadline()
         self._looked = math.nan
         self._longest_step = 0.0
 
     @contextlib.contextmanager
-    def listening(self, saves: bool) -> Iterator[None]:
+    def listening(self, saves: bool, report: Report) -> Iterator[None]:
         """Inside, SIGTERM and SIGUSR1 stop training at the end of a step, and Ctrl-C too if there are checkpoints.
 
         A handler of the user's own stays, and so does a signal that is ignored, as SIGHUP under nohup. Only in the main
-        thread, as Python has it.
+        thread, as Python has it. The launcher learns by `report` whether a checkpoint comes of it.
         """
         before: dict[signal.Signals, Any] = {}
-        self._looked = math.nan
+        self._looked, self.agreed = math.nan, False
         if threading.current_thread() is threading.main_thread():
             for number in self._signals(saves):
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     before[number] = signal.signal(number, self._note)
         try:
+            report.state(TRAINING if saves else "")
             yield
         finally:
+            report.state(LEAVING if self.agreed else "")
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -151,6 +156,14 @@ class StopRequest:
                 self.reason = OUT_OF_TIME
         save, self._save_now = self._save_now, False
         return float(bool(self.reason)), float(save)
+
+    def leave(self, comm: Communicator, step: int, newest: int | None, run_dir: Path | None) -> NoReturn:
+        """End training after `step`; `newest` is the step of the last checkpoint in `run_dir`, if any. Collective."""
+        reasons = [reason.decode() for reason in comm.allgather(self.reason.encode())]
+        message = stop_message(reasons, step, newest, run_dir)
+        if comm.rank == 0:
+            print(f"distprop: {message}", file=sys.stderr, flush=True)
+        raise StoppedError(message)
 
     def _signals(self, saves: bool) -> list[signal.Signals]:
         numbers = [signal.SIGTERM, signal.SIGUSR1]

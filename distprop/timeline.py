@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -102,7 +102,8 @@ class _Timer:
 class Profile:
     """Records every span of `steps` steps of `model` into `timeline`, and writes those of all ranks as one file.
 
-    It begins with the first call of `begin_step`; all ranks make the same calls. `finish` is collective.
+    It begins with the first call of `begin_step`; all ranks make the same calls. `finish` is collective. As a context
+    it is finished at the end, if there was no exception.
     """
 
     def __init__(self, timeline: Timeline, model: Module, comm: Communicator, run_dir: Path, steps: int) -> None:
@@ -152,6 +153,16 @@ class Profile:
         """Stop watching; what has been recorded and not written is dropped. Not collective."""
         self._timeline.spans, self._left = None, 0
         self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
 
 class _Layers:

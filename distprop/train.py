@@ -8,40 +8,29 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from distprop import checkpoint, random
-from distprop.checkpoint import Checkpoint
+from distprop import random
 from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints
-from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally, forget_after
+from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress, show_progress
+from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
-from distprop.stopping import (
-    DISK_BYTES_PER_SECOND,
-    LEAVING,
-    REPORT,
-    TRAINING,
-    Report,
-    StoppedError,
-    StopRequest,
-    resume_forced,
-    stop_message,
-)
+from distprop.stopping import REPORT, Report, StopRequest, resume_forced
 from distprop.tape import Array
 from distprop.tensor import Tensor
 from distprop.timeline import STEPS, Profile, Timeline
@@ -179,13 +168,13 @@ class Trainer:
             )
         self._best_loss = math.inf
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
-        self._resumed = False
-        self._writer: checkpoint.Writer | None = None
-        self._stop_request = StopRequest()
-        self._stop_agreed = False
         self._report = Report(os.environ.get(REPORT) if self.comm.rank == 0 else None)
-        if self.run_dir is not None:
-            self._open_checkpoints(self.run_dir / "checkpoints", resume or resume_forced())
+        self._stop_request = StopRequest()
+        self._checkpoints = RunCheckpoints(model, optimizer, self.comm, self.run_dir, self._identity(), self._report)
+        found = self._checkpoints.open(resume or resume_forced(), checkpoint_every is not None, quiet=not progress)
+        self._resumed = found is not None
+        if found is not None:
+            self._restore(found.step, found.state)
 
     def fit(
         self,
@@ -226,19 +215,20 @@ class Trainer:
             self._metrics,
             self._fingerprints,
             progress_shown as progress,
-            self._profiling(),
-            self._listening(),
+            self._profile or nullcontext(),
+            self._stop_request.listening(self.checkpoint_every is not None, self._report),
         ):
             self._fingerprints.record(self.step)
             stopped = False
             while self.epoch < last_epoch and self.step < last_step and not stopped:
                 stopped = self._run_epoch(loader, last_step, progress)
-                if self._stop_agreed:
+                if self._stop_request.agreed:
                     break  # at once; the epoch ends when the run is resumed
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)
-        if self._stop_agreed:
-            self._leave()
+        if self._stop_request.agreed:
+            saved_in = self.run_dir if self.checkpoint_every else None
+            self._stop_request.leave(self.comm, self.step, self._checkpoints.newest, saved_in)
         return results
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
@@ -265,8 +255,8 @@ class Trainer:
             if stopped or self.step >= last_step:
                 return stopped
             received = self.parallel.received
-            self._stop_agreed = bool(received["stop"])
-            if self._stop_agreed:
+            self._stop_request.agreed = bool(received["stop"])
+            if self._stop_request.agreed:
                 return True
             if received["save"]:
                 self._save()
@@ -361,7 +351,7 @@ class Trainer:
                 with self._timeline("backward"), self.parallel.no_sync():
                     self.parallel.backward(weighed, examples=len(target))
         bad = not math.isfinite(tally.loss)
-        asked = self._stop_request.numbers(self.comm.rank == 0, self._writer.seconds if self._writer else 0)
+        asked = self._stop_request.numbers(self.comm.rank == 0, self._checkpoints.seconds)
         values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0, *asked
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         with self._timeline("backward"):
@@ -378,56 +368,7 @@ class Trainer:
                 culprits,
             ) from None
 
-    # --- stopping early
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Inside, signals and the clock stop training; the launcher knows whether a checkpoint comes of it."""
-        saves = self.checkpoint_every is not None
-        self._stop_agreed = False
-        with self._stop_request.listening(saves):
-            self._report.state(TRAINING if saves else "")
-            try:
-                yield
-            finally:
-                self._report.state(LEAVING if self._stop_agreed else "")
-
-    def _leave(self) -> NoReturn:
-        """Every rank is here, after rank 0 has waited for the last checkpoint."""
-        reasons = [reason.decode() for reason in self.comm.allgather(self._stop_request.reason.encode())]
-        newest = self._writer.newest if self._writer is not None else None
-        message = stop_message(reasons, self.step, newest, self.run_dir if self.checkpoint_every else None)
-        if self.comm.rank == 0:
-            _warn(message)
-        raise StoppedError(message)
-
-    # --- checkpoints
-
-    def _open_checkpoints(self, root: Path, resume: bool) -> None:
-        """Resume, or make sure that no other run's checkpoints are in the way. Rank 0 looks; all ranks know."""
-        restarts = bool(os.environ.get("DISTPROP_RESTARTS"))  # after one, rank 0 may be on another host
-        if resume or restarts:
-            from distprop.shared_folder import check_shared
-
-            check_shared(root, self.comm, required=restarts)
-        found = checkpoint.newest(root, _warn) if self.comm.rank == 0 else None
-        found = checkpoint.broadcast(found, self.comm)
-        if found is not None and not resume:
-            raise ValueError(
-                f"{root} holds checkpoints of another run; pass resume=True to go on with it, or move it away"
-            )
-        if found is not None:
-            self._restore(found)
-            if self._progress and self.comm.rank == 0:
-                print(f"resuming {root.parent} at step {self.step}", flush=True)
-        if resume and self.comm.rank == 0 and self.run_dir is not None:
-            forget_after(self.run_dir, self.step)  # all, if the run did not come as far as a checkpoint
-        self._report.began(root.parent, self.step)
-        if self.checkpoint_every and self.comm.rank == 0:
-            self._writer = checkpoint.Writer(root, _warn, lambda step: self._report.reached(root.parent, step))
-            self._writer.best_step = found.state["best_step"] if found is not None else None
-            size = 3 * sum(parameter.data.nbytes for parameter in self.model.parameters())  # with an optimizer's state
-            self._writer.seconds = size / DISK_BYTES_PER_SECOND
+    # --- what is kept
 
     def _save(self, best: bool = False, final: bool = False) -> None:
         """Write a checkpoint while training goes on; the last one is waited for. Never of parameters that differ."""
@@ -436,44 +377,25 @@ class Trainer:
         if not self.checkpoint_every:
             return
         self.parallel.verify()
-        if self._writer is None:
-            return
         self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
-        if best:
-            self._writer.best_step = self.step
-        optimizer = self.optimizer.state_dict()
-        arrays = optimizer.pop("arrays")
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
-            "best_step": self._writer.best_step,
             "fit_began": list(self._fit_began),
-            "optimizer": optimizer,
-            **self._identity(),
         }
         with self._timeline("checkpoint"):
-            self._writer.write(Checkpoint(self.step, {"model": self.model.state_dict(), "optimizer": arrays}, state))
-            if final:
-                self._writer.wait()
+            self._checkpoints.write(self.step, state, best, final)
 
-    def _restore(self, found: Checkpoint) -> None:
-        different = [
-            f"{name} was {found.state.get(name)}, is {value}"
-            for name, value in self._identity().items()
-            if found.state.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"cannot resume from step {found.step} with other settings: {'; '.join(different)}")
-        self.model.load_state_dict(found.tensors["model"])
-        self.optimizer.load_state_dict({**found.state["optimizer"], "arrays": found.tensors["optimizer"]})
-        self.step, self.epoch, self.batch = found.step, found.state["epoch"], found.state["batch"]
+    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go on from what `_save` has written; model and optimizer have been restored."""
+        self.step, self.epoch, self.batch = step, state["epoch"], state["batch"]
         self.parallel.reductions = self.step
-        self._sums = EpochSums(**found.state["epoch_sums"])
-        self._best_loss = found.state["best_loss"] if found.state["best_loss"] is not None else math.inf
-        began_epoch, began_step = found.state["fit_began"]
-        self._fit_began, self._resumed = (began_epoch, began_step), True
+        self._sums = EpochSums(**state["epoch_sums"])
+        self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
+        began_epoch, began_step = state["fit_began"]
+        self._fit_began = (began_epoch, began_step)
 
     def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """What a reader of the run's folder wants to know of this call of `fit`."""
@@ -491,18 +413,6 @@ class Trainer:
             "clip_norm": self.clip_norm,
             **self._identity(),
         }
-
-    @contextmanager
-    def _profiling(self) -> Iterator[None]:
-        """Writes the profile at the end, if it was not complete before."""
-        if self._profile is None:
-            yield
-            return
-        try:
-            yield
-            self._profile.finish()
-        finally:
-            self._profile.close()
 
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
@@ -523,10 +433,6 @@ def _path(name: str | Path) -> Path:
     from pathlib import Path
 
     return Path(name)
-
-
-def _warn(message: str) -> None:
-    print(f"distprop: {message}", file=sys.stderr, flush=True)
 
 
 def _limit_blas_to_one_thread() -> None:

@@ -211,8 +211,7 @@ def train(
     try:
         results += trainer.fit(data, steps=STEPS, validation=data)
     finally:
-        if trainer._writer is not None:
-            trainer._writer.wait()
+        trainer._checkpoints.wait()
     digest = hashlib.sha256(repr(results).encode())
     for arrays in (model.state_dict(), optimizer.state_dict()["arrays"], average.state_dict()["arrays"]):
         for name, array in arrays.items():

@@ -71,8 +71,7 @@ def interrupted_and_resumed(run_dir: Path, ranks_before: int, ranks_after: int, 
         try:
             trainer.fit(dataset(), epochs=4, validation=dataset())
         finally:
-            if trainer._writer is not None:
-                trainer._writer.wait()
+            trainer._checkpoints.wait()
 
     def after(comm: dp.comm.Communicator) -> bytes:
         trainer = make_trainer(comm, run_dir, resume=True)
@@ -120,7 +119,7 @@ def test_every_example_is_seen_once_an_epoch_across_an_interruption(tmp_path: Pa
     trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=1, callbacks=[interrupt_at(4)])
     with pytest.raises(Interruption):
         trainer.fit(Watched(), epochs=1)
-    trainer._writer.wait()
+    trainer._checkpoints.wait()
     resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     last = resumed.step  # the callback raised before step 4 was written
     assert last == 3
