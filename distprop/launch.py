@@ -181,6 +181,8 @@ def _run_guarded(
 ) -> int:
     vendor, marker, witness = job.launcher.vendor if job.launcher else "", guard.marker, Witness()
     of_this_run, command = {**witness.environment, "DISTPROP_JOB": marker}, list(job.command)
+    if vendor == "openmpi" and not job.hosts:
+        of_this_run |= _open_mpi_folders(witness.folder)
     if job.hosts:
         of_this_run["DISTPROP_SIGN"] = guard.sign
         known = {**os.environ, **job.environment}  # whose names the planned command has
@@ -272,6 +274,25 @@ def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool, reads_peers: b
     if os.geteuid() == 0:
         flags += ["--allow-run-as-root"]  # refused otherwise, and containers run as root
     return flags
+
+
+def _open_mpi_folders(folder: Path) -> dict[str, str]:
+    """Has Open MPI keep its files in `folder`, which is removed with what a killed launcher leaves there.
+
+    Version 5 names them after the launcher's process number: where one with the same number was killed, it would end at
+    once with "The PMIx server's listener thread failed to start" (213). What it shares, 8 to 32 MB, would stay as well.
+    """
+    own = folder / "mpi"  # not beside the records, all of which are read several times a second
+    own.mkdir()
+    return {name: str(own) for name in _OPEN_MPI_FOLDERS if name not in os.environ}
+
+
+_OPEN_MPI_FOLDERS = (
+    "PRTE_MCA_prte_tmpdir_base",  # 5
+    "OMPI_MCA_btl_sm_backing_directory",
+    "OMPI_MCA_orte_tmpdir_base",  # 4.1
+    "OMPI_MCA_btl_vader_backing_directory",
+)
 
 
 def _may_read_peers() -> bool:

@@ -13,7 +13,7 @@ import pytest
 from distprop import checkpoint, launch, restart
 from distprop.comm import SoloCommunicator
 from distprop.restart import Attempt, hosts_left, run_restarting
-from test_launch import Jobs, finish, jobs, needs_mpi, nothing_said, wait_until  # noqa: F401 - two are fixtures
+from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer
 
 # ------------------------------------------------------------------------------ the policy, on jobs played by Python
@@ -198,7 +198,7 @@ def test_a_job_that_the_user_ends_is_not_restarted(jobs: Jobs) -> None:  # noqa:
     ready = jobs.folder / "ready"
     script = jobs.write("open(sys.argv[1], 'w').close(); time.sleep(60)")
     with jobs.start("-m", "distprop.cli", "run", "--max-restarts", "3", "-n", "2", script, str(ready)) as process:
-        assert wait_until(ready.exists, 30)
+        await_job(process, ready.exists)
         process.send_signal(signal.SIGTERM)
         done = finish(process, seconds=20)
     assert done.returncode == 143
@@ -223,7 +223,7 @@ def test_distprop_train_goes_on_in_the_same_folder(jobs: Jobs, monkeypatch: pyte
     arguments = ["-m", "distprop.cli", "train", "-n", "2", "--max-restarts", "1", "job.toml"]
     Path("runs/job").mkdir(parents=True)  # taken, so the run goes to runs/job-2
     with jobs.start(*arguments) as process:
-        assert wait_until(lambda: any(Path("runs/job-2/checkpoints").glob("step-*")), 60)
+        await_job(process, lambda: any(Path("runs/job-2/checkpoints").glob("step-*")))
         os.kill(next(filter(launch._is_rank, jobs.pids())), signal.SIGKILL)
         done = finish(process, seconds=60)
     assert done.returncode == 0, done.stderr

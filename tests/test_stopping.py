@@ -16,7 +16,7 @@ import distprop as dp
 from distprop import checkpoint, launch, stopping
 from distprop.comm import SoloCommunicator, run_threads
 from distprop.comm.mpi import library
-from test_launch import Jobs, finish, jobs, needs_mpi, nothing_said, wait_until  # noqa: F401 - two are fixtures
+from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer, parameters
 
 STEPS = 28  # of 4 epochs
@@ -255,7 +255,7 @@ def test_a_signal_to_the_job_writes_a_checkpoint(
 ) -> None:
     run_dir = jobs.folder / "run"
     with jobs.start(*command(how, 3, script(jobs), str(run_dir))) as process:
-        assert wait_until((jobs.folder / "ready").exists, 60)
+        await_job(process, (jobs.folder / "ready").exists)
         process.send_signal(number)
         done = finish(process, seconds=30)
     assert "trained" not in done.stdout
@@ -271,7 +271,7 @@ def test_a_signal_to_the_job_writes_a_checkpoint(
 def test_a_signal_to_one_rank_stops_all(jobs: Jobs) -> None:  # noqa: F811
     run_dir = jobs.folder / "run"
     with jobs.start(*command("distprop run", 2, script(jobs), str(run_dir))) as process:
-        assert wait_until((jobs.folder / "ready").exists, 60)
+        await_job(process, (jobs.folder / "ready").exists)
         os.kill(int((jobs.folder / "pid-1").read_text()), signal.SIGUSR1)
         done = finish(process, seconds=30)
     assert done.returncode == 75
@@ -282,7 +282,7 @@ def test_a_signal_to_one_rank_stops_all(jobs: Jobs) -> None:  # noqa: F811
 @needs_mpi
 def test_ctrl_c_twice_ends_at_once(jobs: Jobs) -> None:  # noqa: F811
     with jobs.start(*command("distprop run", 2, script(jobs), str(jobs.folder / "run")), SLOW="60") as process:
-        assert wait_until((jobs.folder / "ready").exists, 60)
+        await_job(process, (jobs.folder / "ready").exists)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.poll() is None  # the step has not ended
@@ -316,7 +316,7 @@ def test_who_is_leaving_after_the_last_checkpoint_is_not_disturbed(
 @needs_mpi
 def test_ctrl_c_once_ends_a_job_without_checkpoints(jobs: Jobs) -> None:  # noqa: F811
     with jobs.start(*command("distprop run", 2, script(jobs), str(jobs.folder / "run"), "none")) as process:
-        assert wait_until((jobs.folder / "ready").exists, 60)
+        await_job(process, (jobs.folder / "ready").exists)
         process.send_signal(signal.SIGINT)
         done = finish(process, seconds=20)
     assert done.returncode == 130
@@ -348,7 +348,7 @@ def test_max_time_ends_a_job_that_does_not_train(jobs: Jobs) -> None:  # noqa: F
 def test_one_rank_without_a_launcher_stops_too(jobs: Jobs) -> None:  # noqa: F811
     run_dir = jobs.folder / "run"
     with jobs.start(*command("distprop run", 1, script(jobs), str(run_dir))) as process:
-        assert wait_until((jobs.folder / "ready").exists, 60)
+        await_job(process, (jobs.folder / "ready").exists)
         process.send_signal(signal.SIGTERM)
         done = finish(process, seconds=20)
     assert done.returncode == 75, done.stderr
