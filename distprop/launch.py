@@ -249,6 +249,8 @@ def launcher_environment(library: mpi.Library, ranks: int, cores: int, reads_pee
         wanted["MPIR_CVAR_CH4_CMA_ENABLE"] = "0"  # 5.0 aborts at the first large message otherwise
     if library.vendor == "impi":
         wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
+        if ranks > cores:
+            wanted["I_MPI_THREAD_YIELD"] = "3"  # a waiting rank sleeps
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -55,6 +55,12 @@ def test_a_hostfile_is_open_mpis_or_mpichs(tmp_path: Path) -> None:
     assert hosts.read_hostfile(path) == [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 4)]
 
 
+def test_the_list_of_a_pbs_job_is_a_hostfile(tmp_path: Path) -> None:
+    path = tmp_path / "nodefile"
+    path.write_text("node1\nnode1\nnode2\nnode2\n")
+    assert hosts.read_hostfile(path) == [Host("node1", 2), Host("node2", 2)]
+
+
 @pytest.mark.parametrize("line", ["b slot=2", "b slots=two", "b 2", "b:2 slots=3", "-b", "b slots=2 c", "b slots="])
 def test_a_typing_error_in_a_hostfile_is_named_with_its_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"

