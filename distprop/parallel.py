@@ -17,7 +17,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -76,6 +76,8 @@ class DataParallel:
             after the start.
         shards: cut every global batch into so many shards and add their gradients in a `FixedTree`, for the same bits
             on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
+        wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, half the bytes, with error feedback (see
+            `distprop.comm.wire`); None for float32. Within a node nothing is rounded. Not with `shards`.
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
@@ -92,7 +94,13 @@ class DataParallel:
         *,
         verify_every: int = 100,
         shards: int | None = None,
+        wire: Literal["bf16", "fp16"] | None = None,
     ) -> None:
+        if wire is not None and shards is not None:
+            raise ValueError(
+                f"wire={wire!r} rounds what crosses the network, so the bits depend on the number of ranks; "
+                "use it without deterministic=True, without shards"
+            )
         self.module = module
         self.comm = comm if comm is not None else world()
         self.verify_every = verify_every
@@ -111,7 +119,8 @@ class DataParallel:
             )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
-        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+        self.wire = wire
+        self._place_parameters()
         self.shards = shards
         self._tree: FixedTree | None = None
         if shards is not None:
@@ -254,7 +263,7 @@ class DataParallel:
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass over `examples` that is about to start."""
         if not self._buffer.holds(self._trained):
-            self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+            self._place_parameters()
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -312,7 +321,7 @@ class DataParallel:
         self._verify_every_so_often()
         self._write_lane()
         began = time.perf_counter_ns()
-        self.comm.allreduce(self._buffer.message)
+        (self._wire_sum or self.comm).allreduce(self._buffer.message)
         self.reduced = (began, time.perf_counter_ns())
         self._finish(self.comm.size)
 
@@ -380,6 +389,15 @@ class DataParallel:
             self._warned = True
             names = ", ".join(self._names[id(parameter)] for parameter in missing)
             warnings.warn(f"no gradient reached {names}; it counts as zero (said once)", stacklevel=2)
+
+    def _place_parameters(self) -> None:
+        """Move the parameters into one buffer, and say how its message is summed."""
+        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+        self._wire_sum = None
+        if self.wire is not None:
+            from distprop.comm.wire import WireSum  # few need it
+
+            self._wire_sum = WireSum(self.comm, self.wire, self._buffer.grad.size)
 
     def _compare_layout(self, named: list[tuple[str, Parameter]]) -> None:
         layout = [f"{name} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in named]

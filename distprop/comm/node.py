@@ -13,13 +13,15 @@ import contextlib
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from distprop.comm.base import Communicator
+
+SumBetween: TypeAlias = Callable[[Communicator, NDArray[Any], int], None]
 
 _FOLDER = "/dev/shm"
 _PIECE_BYTES = 256 * 1024  # a piece of two ranks fits into a second-level cache of 1 MiB; 23 MB: 0.8 ms, 1.4 with 32 kB
@@ -72,8 +74,12 @@ class Node:
         """Wait for the ranks of this node."""
         self._here.barrier()
 
-    def sum(self, arrays: Sequence[NDArray[Any]]) -> None:
-        """Replace each of the `arrays` by the sum over all ranks of all nodes. Collective on all nodes."""
+    def sum(self, arrays: Sequence[NDArray[Any]], between: SumBetween | None = None) -> None:
+        """Replace each of the `arrays` by the sum over all ranks of all nodes. Collective on all nodes.
+
+        `between(across, total, start)` sums `total`, which begins at number `start`, over the nodes, in place of the
+        library's Allreduce.
+        """
         self.barrier()  # all have written
         if self.rank < self._slices:
             mine = _slice(len(arrays[0]), arrays[0].itemsize, self.rank, self._slices)
@@ -85,7 +91,10 @@ class Node:
                     for other in others:
                         other[piece] = total[piece]
             if self._across is not None:
-                self._across.allreduce(total)
+                if between is None:
+                    self._across.allreduce(total)
+                else:
+                    between(self._across, total, mine.start)
                 for other in others:
                     other[...] = total
         self.barrier()  # all sums are there
