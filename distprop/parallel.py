@@ -119,9 +119,8 @@ class DataParallel:
             )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
-        self.wire = wire
+        self.wire, self.shards = wire, shards
         self._place_parameters()
-        self.shards = shards
         self._tree: FixedTree | None = None
         if shards is not None:
             self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
@@ -323,10 +322,10 @@ class DataParallel:
         began = time.perf_counter_ns()
         (self._wire_sum or self.comm).allreduce(self._buffer.message)
         self.reduced = (began, time.perf_counter_ns())
-        self._finish(self.comm.size)
+        self._finish(self.comm.size, self._bad_in_sum())
 
     def _write_lane(self) -> None:
-        bad = self._find_bad_gradient()
+        bad = self._checking is None and self._find_bad_gradient()
         verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
         numbers = self._examples, self._backwards, self.reductions, self._sending
         write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
@@ -343,7 +342,18 @@ class DataParallel:
                 return True
         return False  # large numbers, whose squares are infinite
 
-    def _finish(self, senders: int) -> None:
+    def _bad_in_sum(self) -> bool:
+        """Whether the sum has met a gradient that is not finite, of any rank, and if of this one, where."""
+        if self._checking is None:
+            return False
+        found = self._checking.not_finite(self._buffer.message)
+        own = found[self._checking.rank]
+        if own is not None:
+            ends = ((self._buffer.span(parameter)[1], parameter) for parameter in self._buffer.parameters)
+            self._bad_gradient = next(self._names[id(parameter)] for end, parameter in ends if own < end)
+        return any(place is not None for place in found)
+
+    def _finish(self, senders: int, bad: bool = False) -> None:
         """Turn the summed message into means."""
         place = f"rank {self.comm.rank} is at reduction {self.reductions} after {self._backwards} backward passes"
         received = read_lane(self._buffer.lane, senders, self._sending, place)
@@ -361,7 +371,7 @@ class DataParallel:
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
         self._verify_due = bool(received.verify)
-        if received.bad:
+        if received.bad or bad:
             self._refuse_bad_gradients()
         here.at(recorder.UPDATE)
 
@@ -393,7 +403,9 @@ class DataParallel:
     def _place_parameters(self) -> None:
         """Move the parameters into one buffer, and say how its message is summed."""
         self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
-        self._wire_sum = None
+        self._wire_sum, self._checking, node = None, None, self.comm.node
+        if self.shards is None and node and node.check_sums(self._buffer.message, self._buffer.grad.size):
+            self._checking = node  # its sums look for gradients that are not finite; else that takes a pass of its own
         if self.wire is not None:
             from distprop.comm.wire import WireSum  # few need it
 

@@ -52,9 +52,8 @@ class WireSum:
         if array.dtype != np.float32:
             raise TypeError(f"wire={self._wire!r} is for float32 parameters, not for {array.dtype}")
         node = self._comm.node
-        shared = node.arrays(array) if node else None
-        if node and shared:
-            node.sum(shared, self._sum_between)
+        if node and node.arrays(array):
+            node.sum(array, self._sum_between)
         elif self._comm.size > 1:
             self._sum_between(self._comm, array, 0)
         return array
