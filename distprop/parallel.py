@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import time
 import warnings
@@ -26,6 +25,7 @@ from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
+from distprop.message_sum import MessageSum
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
 from distprop.pace import Pace
@@ -136,7 +136,6 @@ class DataParallel:
         self._examples = 0.0  # since the last reduction, on this rank
         self._expected = 1.0  # examples of all ranks in one backward pass: gradients start from a rank's share of them
         self._backwards = 0
-        self._bad_gradient = ""  # the first parameter on this rank whose gradient is not finite
         self._verify_due = False
         self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
@@ -320,38 +319,15 @@ class DataParallel:
         self._verify_every_so_often()
         self._write_lane()
         began = time.perf_counter_ns()
-        (self._wire_sum or self.comm).allreduce(self._buffer.message)
+        bad = self._sum.allreduce()
         self.reduced = (began, time.perf_counter_ns())
-        self._finish(self.comm.size, self._bad_in_sum())
+        self._finish(self.comm.size, bad)
 
     def _write_lane(self) -> None:
-        bad = self._checking is None and self._find_bad_gradient()
+        bad = self._sum.look()
         verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
         numbers = self._examples, self._backwards, self.reductions, self._sending
         write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
-
-    def _find_bad_gradient(self) -> bool:
-        """Whether this sender's gradients are not finite, and if so, where. One pass, 1 % of a step of an MLP."""
-        with np.errstate(all="ignore"):
-            if math.isfinite(np.dot(self._buffer.grad, self._buffer.grad)):
-                return False
-        for parameter in reversed(self._buffer.parameters):
-            start, stop = self._buffer.span(parameter)
-            if not np.isfinite(self._buffer.grad[start:stop]).all():
-                self._bad_gradient = self._bad_gradient or self._names[id(parameter)]
-                return True
-        return False  # large numbers, whose squares are infinite
-
-    def _bad_in_sum(self) -> bool:
-        """Whether the sum has met a gradient that is not finite, of any rank, and if of this one, where."""
-        if self._checking is None:
-            return False
-        found = self._checking.not_finite(self._buffer.message)
-        own = found[self._checking.rank]
-        if own is not None:
-            ends = ((self._buffer.span(parameter)[1], parameter) for parameter in self._buffer.parameters)
-            self._bad_gradient = next(self._names[id(parameter)] for end, parameter in ends if own < end)
-        return any(place is not None for place in found)
 
     def _finish(self, senders: int, bad: bool = False) -> None:
         """Turn the summed message into means."""
@@ -377,7 +353,8 @@ class DataParallel:
 
     def _refuse_bad_gradients(self) -> None:
         """Some rank has sent what is not finite; all ranks know, so they can ask which."""
-        found, self._bad_gradient = self.comm.allgather(self._bad_gradient.encode()), ""
+        found = self.comm.allgather(self._sum.bad_parameter.encode())
+        self._sum.bad_parameter = ""
         culprits = tuple(rank for rank, name in enumerate(found) if name)
         where = "; ".join(f"{here.name(rank)}, parameter {found[rank].decode()} first" for rank in culprits[:8])
         raise NonFiniteGradientError(
@@ -403,13 +380,9 @@ class DataParallel:
     def _place_parameters(self) -> None:
         """Move the parameters into one buffer, and say how its message is summed."""
         self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
-        self._wire_sum, self._checking, node = None, None, self.comm.node
-        if self.shards is None and node and node.check_sums(self._buffer.message, self._buffer.grad.size):
-            self._checking = node  # its sums look for gradients that are not finite; else that takes a pass of its own
-        if self.wire is not None:
-            from distprop.comm.wire import WireSum  # few need it
-
-            self._wire_sum = WireSum(self.comm, self.wire, self._buffer.grad.size)
+        self._sum = MessageSum(
+            self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
+        )
 
     def _compare_layout(self, named: list[tuple[str, Parameter]]) -> None:
         layout = [f"{name} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in named]
