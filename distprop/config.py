@@ -75,6 +75,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deterministic: bool = False  # the same bits on any number of ranks
     shards: Count = 8
+    wire: Literal["bf16", "fp16"] | None = None  # 16 bits between nodes; float32 by default
     run_dir: str | None = None  # runs/<name of the file> by default
     checkpoint_every: Count | None = None  # steps
     fingerprint: bool | None = None  # a hash of every parameter after every step; by default if deterministic

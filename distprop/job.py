@@ -86,6 +86,7 @@ class Task:
             seed=train.seed,
             deterministic=train.deterministic,
             shards=train.shards,
+            wire=train.wire,
             accumulate=train.accumulate,
             clip_norm=train.clip_norm,
             **options,

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
+from distprop.message_sum import MessageSum
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
 from distprop.pace import Pace
@@ -76,6 +76,8 @@ class DataParallel:
             after the start.
         shards: cut every global batch into so many shards and add their gradients in a `FixedTree`, for the same bits
             on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
+        wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, half the bytes, with error feedback (see
+            `distprop.comm.wire`); None for float32. Within a node nothing is rounded. Not with `shards`.
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
@@ -92,7 +94,13 @@ class DataParallel:
         *,
         verify_every: int = 100,
         shards: int | None = None,
+        wire: Literal["bf16", "fp16"] | None = None,
     ) -> None:
+        if wire is not None and shards is not None:
+            raise ValueError(
+                f"wire={wire!r} rounds what crosses the network, so the bits depend on the number of ranks; "
+                "use it without deterministic=True, without shards"
+            )
         self.module = module
         self.comm = comm if comm is not None else world()
         self.verify_every = verify_every
@@ -111,8 +119,8 @@ class DataParallel:
             )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
-        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
-        self.shards = shards
+        self.wire, self.shards = wire, shards
+        self._place_parameters()
         self._tree: FixedTree | None = None
         if shards is not None:
             self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
@@ -128,7 +136,6 @@ class DataParallel:
         self._examples = 0.0  # since the last reduction, on this rank
         self._expected = 1.0  # examples of all ranks in one backward pass: gradients start from a rank's share of them
         self._backwards = 0
-        self._bad_gradient = ""  # the first parameter on this rank whose gradient is not finite
         self._verify_due = False
         self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
@@ -254,7 +261,7 @@ class DataParallel:
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass over `examples` that is about to start."""
         if not self._buffer.holds(self._trained):
-            self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+            self._place_parameters()
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -312,29 +319,17 @@ class DataParallel:
         self._verify_every_so_often()
         self._write_lane()
         began = time.perf_counter_ns()
-        self.comm.allreduce(self._buffer.message)
+        bad = self._sum.allreduce()
         self.reduced = (began, time.perf_counter_ns())
-        self._finish(self.comm.size)
+        self._finish(self.comm.size, bad)
 
     def _write_lane(self) -> None:
-        bad = self._find_bad_gradient()
+        bad = self._sum.look()
         verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
         numbers = self._examples, self._backwards, self.reductions, self._sending
         write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
 
-    def _find_bad_gradient(self) -> bool:
-        """Whether this sender's gradients are not finite, and if so, where. One pass, 1 % of a step of an MLP."""
-        with np.errstate(all="ignore"):
-            if math.isfinite(np.dot(self._buffer.grad, self._buffer.grad)):
-                return False
-        for parameter in reversed(self._buffer.parameters):
-            start, stop = self._buffer.span(parameter)
-            if not np.isfinite(self._buffer.grad[start:stop]).all():
-                self._bad_gradient = self._bad_gradient or self._names[id(parameter)]
-                return True
-        return False  # large numbers, whose squares are infinite
-
-    def _finish(self, senders: int) -> None:
+    def _finish(self, senders: int, bad: bool = False) -> None:
         """Turn the summed message into means."""
         place = f"rank {self.comm.rank} is at reduction {self.reductions} after {self._backwards} backward passes"
         received = read_lane(self._buffer.lane, senders, self._sending, place)
@@ -352,13 +347,14 @@ class DataParallel:
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
         self._verify_due = bool(received.verify)
-        if received.bad:
+        if received.bad or bad:
             self._refuse_bad_gradients()
         here.at(recorder.UPDATE)
 
     def _refuse_bad_gradients(self) -> None:
         """Some rank has sent what is not finite; all ranks know, so they can ask which."""
-        found, self._bad_gradient = self.comm.allgather(self._bad_gradient.encode()), ""
+        found = self.comm.allgather(self._sum.bad_parameter.encode())
+        self._sum.bad_parameter = ""
         culprits = tuple(rank for rank, name in enumerate(found) if name)
         where = "; ".join(f"{here.name(rank)}, parameter {found[rank].decode()} first" for rank in culprits[:8])
         raise NonFiniteGradientError(
@@ -380,6 +376,13 @@ class DataParallel:
             self._warned = True
             names = ", ".join(self._names[id(parameter)] for parameter in missing)
             warnings.warn(f"no gradient reached {names}; it counts as zero (said once)", stacklevel=2)
+
+    def _place_parameters(self) -> None:
+        """Move the parameters into one buffer, and say how its message is summed."""
+        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+        self._sum = MessageSum(
+            self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
+        )
 
     def _compare_layout(self, named: list[tuple[str, Parameter]]) -> None:
         layout = [f"{name} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in named]

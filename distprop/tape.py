@@ -150,7 +150,10 @@ def _propagate(root: Node, grad: Array) -> None:
             node = heapq.heappop(heap)[1]
             if observe is not None:
                 observe(node)
-            for tensor, gradient, target in _visit(node):
+            inputs, out, gradients = _visit(node)
+            for tensor, target, gradient in zip(inputs, out, gradients, strict=True):
+                if gradient is None or not tensor.requires_grad:
+                    continue
                 source = tensor.node
                 if source is None:
                     tensor.accumulate(gradient, target)
@@ -163,8 +166,8 @@ def _propagate(root: Node, grad: Array) -> None:
             node.grad, node.grad_is_ours = None, False
 
 
-def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
-    """Apply one chain rule and release the node; yields (input, its gradient, where it was to be written)."""
+def _visit(node: Node) -> tuple[tuple[Tensor, ...], Out, Sequence[Array | None]]:
+    """Apply one chain rule and release the node; the inputs, where their gradients were to be written, and those."""
     vjp, grad, inputs = node.vjp, node.grad, node.inputs
     if vjp is None or grad is None:
         node.grad = None
@@ -175,12 +178,9 @@ def _visit(node: Node) -> Iterator[tuple[Tensor, Array, Array | None]]:
     node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
     only = len(inputs) == 1
     out = [tensor.gradient_target(only) if tensor.requires_grad else None for tensor in inputs]
-    for i in range(1, len(inputs)):  # an operation may take one parameter twice: only one of them may write there
-        if out[i] is not None and any(inputs[i] is earlier for earlier in inputs[:i]):
-            out[i] = None
-    for tensor, gradient, target in zip(inputs, vjp(grad, out), out, strict=True):
-        if gradient is not None and tensor.requires_grad:
-            yield tensor, gradient, target
+    if not only and len(set(map(id, inputs))) < len(inputs):  # one parameter taken twice: only one may write there
+        out = [None if any(x is earlier for earlier in inputs[:i]) else out[i] for i, x in enumerate(inputs)]
+    return inputs, out, vjp(grad, out)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -79,6 +79,8 @@ class Trainer:
         shards: with `deterministic`, the pieces of equal size that each global batch is cut into, the last one of an
             epoch too; where a remainder r is left, the first r have one row more. Which rows a piece has follows from
             the batch and `shards` alone. More ranks than shards would have nothing to do.
+        wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, with error feedback; see `DataParallel`.
+            Not with `deterministic`. What rounding has left over is not part of a checkpoint.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
         run_dir: a folder for `metrics.jsonl` and `checkpoints`, of rank 0; made if it is missing.
@@ -118,6 +120,7 @@ class Trainer:
         seed: int = 0,
         deterministic: bool = False,
         shards: int = 8,
+        wire: Literal["bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
         run_dir: str | Path | None = None,
@@ -148,7 +151,7 @@ class Trainer:
         if deterministic:
             _limit_blas_to_one_thread()
         fingerprint = deterministic and run_dir is not None if fingerprint is None else fingerprint
-        self.parallel = DataParallel(model, self.comm, shards=self.shards)
+        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)

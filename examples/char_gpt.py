@@ -33,8 +33,9 @@ class Block(nn.Module):
 
     def forward(self, x: dp.Tensor) -> dp.Tensor:
         B, T, C = x.shape
-        qkv = self.attention(self.norm1(x)).reshape(B, T, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)  # (B, heads, T, C/heads)
+        qkv = F.split(self.attention(self.norm1(x)), C, dim=-1)
+        q, k, v = (part.reshape(B, T, HEADS, C // HEADS).transpose(1, 2) for part in qkv)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C/heads)
         x = x + self.projection(mixed.transpose(1, 2).reshape(B, T, C))
         return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
 

@@ -94,6 +94,22 @@ def allreduce_passes_on_what_is_not_finite(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def sums_on_one_node_find_what_is_not_finite(comm: Communicator) -> None:
+    node, message, checked = comm.node, comm.allocate(200_001, np.float32), 200_000
+    if node is None or not node.check_sums(message, checked):
+        assert node is None or node.size < comm.size or node.arrays(message) is None
+        return
+    for place in (None, 0, 70_000, checked - 1, checked):
+        message[:] = 1e30  # whose squares are infinite
+        if place is not None and comm.rank == comm.size - 1:
+            message[:place] = np.inf
+            message[place] = np.nan
+        assert comm.allreduce(message) is message
+        last = None if place is None else min(place, checked - 1)
+        assert node.not_finite(message) == [None] * (comm.size - 1) + [last]
+
+
+@suite.scenario()
 def broadcast_overwrites_with_the_roots_array(comm: Communicator) -> None:
     for root in range(comm.size):
         for array in (np.full((2, 3), comm.rank + 0.5), np.array(comm.rank), np.full(4, comm.rank == root)):

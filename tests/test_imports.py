@@ -18,7 +18,7 @@ FLOORS = [
     {"allocator", "random", "tape", "tensor", "functional", "testing", "comm", "cost", "chart"},
     {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},
-    {"parallel", "fixed_tree", "lane", "running"},
+    {"parallel", "fixed_tree", "lane", "message_sum", "running"},
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "metrics", "progress", "run_checkpoints", "rundir", "stopping"}
     | {"timeline", "train"},

@@ -401,6 +401,8 @@ def test_a_norm_that_float32_cannot_square_and_one_that_is_not_finite():
     p.grad = [3e25, 4e25]
     assert clip_grad_norm_([p], 5.0) == pytest.approx(5e25, rel=1e-6)
     np.testing.assert_allclose(p.grad, [3, 4], rtol=1e-5)
+    p.grad = [3e-25, 4e-25]
+    assert clip_grad_norm_([p], 5.0) == pytest.approx(5e-25, rel=1e-6, abs=0)
     for bad in (np.inf, np.nan):
         p.grad = [bad, 1]
         assert not math.isfinite(clip_grad_norm_([p], 1.0))

@@ -96,8 +96,8 @@ class MPICommunicator:
     @recorded
     def allreduce(self, array: Array) -> Array:
         """Sum in place: with the node's other ranks if `array` is of `allocate`, else with the library's Allreduce."""
-        if self.node and (arrays := self.node.arrays(array)):
-            self.node.sum(arrays)
+        if self.node and self.node.arrays(array):
+            self.node.sum(array)
             return array
         check_contiguous(array)
         self._comm.Allreduce(self._MPI.IN_PLACE, array, op=self._MPI.SUM)

@@ -66,8 +66,8 @@ class ThreadCommunicator:
 
     def allreduce(self, array: Array) -> Array:
         """Sum in place, in the order of the ranks."""
-        if self.node and (arrays := self.node.arrays(array)):
-            self.node.sum(arrays)
+        if self.node and self.node.arrays(array):
+            self.node.sum(array)
             return array
         check_contiguous(array)
         brought = self._exchange(("allreduce", array.shape, array.dtype.str), array.copy())

@@ -24,34 +24,34 @@ def linear(input: Operand, weight: Operand, bias: Operand | None = None) -> Tens
     """
     x, weight = as_tensor(input), as_tensor(weight)
     bias = None if bias is None else as_tensor(bias)
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+    data, w = x.data, weight.data
+    if w.ndim != 2 or data.ndim == 0 or data.shape[-1] != w.shape[1]:
         raise ValueError(
-            f"linear with a weight of shape {weight.shape} (out, in) got x of shape {x.shape}; "
-            f"its last axis must be {weight.shape[-1]}"
+            f"linear with a weight of shape {w.shape} (out, in) got x of shape {data.shape}; "
+            f"its last axis must be {w.shape[-1]}"
         )
-    if bias is None:
-        same_dtype("linear", x=x, weight=weight)
-    else:
-        same_dtype("linear", x=x, weight=weight, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"linear with a weight of shape {weight.shape} (out, in) got a bias of shape {bias.shape}")
-    rows = x.data if x.ndim == 2 else x.data.reshape(-1, x.shape[-1])
-    by_feature = x.ndim == 2 and len(rows) < len(weight.data)
-    value = (weight.data @ rows.T).T if by_feature else rows @ weight.data.T
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if data.dtype.kind != "f" or w.dtype != data.dtype or (bias is not None and bias.dtype != w.dtype):
+        same_dtype("linear", **dict(zip(("x", "weight", "bias"), inputs, strict=False)))
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ValueError(f"linear with a weight of shape {w.shape} (out, in) got a bias of shape {bias.shape}")
+    is_matrix = data.ndim == 2
+    rows = data if is_matrix else data.reshape(-1, data.shape[-1])
+    by_feature = is_matrix and len(rows) < len(w)
+    value = (w @ rows.T).T if by_feature else rows @ w.T
     if bias is not None:
         value += bias.data
-    inputs = (x, weight) if bias is None else (x, weight, bias)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         g = grad if grad.ndim == 2 else grad.reshape(-1, grad.shape[-1])
         dx = dw = db = None
         if x.requires_grad:
-            flipped = x.ndim == 2 and rows.flags.f_contiguous
-            dx = (weight.data.T @ g.T).T if flipped else (g @ weight.data).reshape(x.shape)
+            flipped = is_matrix and rows.flags.f_contiguous
+            dx = (w.T @ g.T).T if flipped else (g @ w).reshape(data.shape)
         if weight.requires_grad:
             dw = np.matmul(g.T, rows, out=out[1])
         if bias is not None and bias.requires_grad:
             db = np.add.reduce(g, axis=0, out=out[2])
         return [dx, dw, db][: len(inputs)]
 
-    return record(value if x.ndim == 2 else value.reshape(*x.shape[:-1], weight.shape[0]), inputs, vjp)
+    return record(value if is_matrix else value.reshape(*data.shape[:-1], len(w)), inputs, vjp)

@@ -1,0 +1,78 @@
+"""How a buffer's message is summed over the ranks, and whether a gradient in it is not finite.
+
+On one node the sum looks for that itself, while it has the numbers in the cache. Elsewhere each rank looks through its
+own gradients before they are sent, a pass of its own, and the control lane tells the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from distprop.buffer import FlatBuffer
+from distprop.comm import Communicator
+
+
+class MessageSum:
+    """Sums `buffer.message` again and again. Making one is collective.
+
+    Args:
+        comm: the ranks.
+        buffer: gradients, and what travels with them.
+        names: of the buffer's parameters, by id.
+        wire: the format of gradients between nodes; see `distprop.comm.wire`.
+        shard_by_shard: the sum is another's, a `FixedTree`'s; only `look` is called.
+
+    Attributes:
+        bad_parameter: the first parameter, in the model's order, whose gradient was not finite on this rank, or "".
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        buffer: FlatBuffer,
+        names: Mapping[int, str],
+        *,
+        wire: Literal["bf16", "fp16"] | None = None,
+        shard_by_shard: bool = False,
+    ) -> None:
+        self._buffer, self._names = buffer, names
+        self.bad_parameter = ""
+        node = comm.node
+        looks_itself = not shard_by_shard and node is not None and node.check_sums(buffer.message, buffer.grad.size)
+        self._node = node if looks_itself else None
+        self._comm, self._wire_sum = comm, None
+        if wire is not None:
+            from distprop.comm.wire import WireSum  # few need it
+
+            self._wire_sum = WireSum(comm, wire, buffer.grad.size)
+
+    def look(self) -> bool:
+        """Before the sum: whether this rank's gradients are not finite, unless the sum will see that."""
+        if self._node is not None:
+            return False
+        grad = self._buffer.grad
+        with np.errstate(all="ignore"):
+            if math.isfinite(np.dot(grad, grad)):
+                return False
+        for parameter in reversed(self._buffer.parameters):
+            start, stop = self._buffer.span(parameter)
+            if not np.isfinite(grad[start:stop]).all():
+                self.bad_parameter = self.bad_parameter or self._names[id(parameter)]
+                return True
+        return False  # large numbers, whose squares are infinite
+
+    def allreduce(self) -> bool:
+        """Replace the message by its sum over the ranks; whether it saw that a gradient of any rank is not finite."""
+        (self._wire_sum or self._comm).allreduce(self._buffer.message)
+        if self._node is None:
+            return False
+        last = self._node.not_finite(self._buffer.message)
+        own = last[self._node.rank]
+        if own is not None:
+            ends = ((self._buffer.span(parameter)[1], parameter) for parameter in self._buffer.parameters)
+            self.bad_parameter = next(self._names[id(parameter)] for end, parameter in ends if own < end)
+        return any(place is not None for place in last)
