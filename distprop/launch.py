@@ -248,9 +248,7 @@ def launcher_environment(library: mpi.Library, ranks: int, cores: int, reads_pee
     if library.vendor == "mpich" and not reads_peers:
         wanted["MPIR_CVAR_CH4_CMA_ENABLE"] = "0"  # 5.0 aborts at the first large message otherwise
     if library.vendor == "impi":
-        wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none
-        if ranks > cores:
-            wanted["I_MPI_THREAD_YIELD"] = "3"  # a waiting rank sleeps
+        wanted["I_MPI_PIN"] = "0"  # as Open MPI's --bind-to none; its waiting ranks give way by themselves
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
