@@ -43,14 +43,16 @@ faults: .venv-mpich5/.dev-installed
 cluster: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m "not timing" tests/cluster
 
-# Under each, `make test-mpich5` for one of them
+# Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
 
 $(MPIS:%=test-%): test-%: .venv-%/.dev-installed
-	.venv-$*/bin/python tests/mpirun.py 1 2 3 4 $(MORE_RANKS)
+	.venv-$*/bin/python tests/mpirun.py $(RANKS)
 	.venv-$*/bin/python -m pytest $(addprefix tests/,test_launch.py $(MORE_TESTS))
 
-test-mpich5: MORE_RANKS = 5 8
+RANKS = 1 2 3 4
+test-mpich5: RANKS = 1 2 3 4 5 8
+test-debian-mpich: RANKS = 1 2  # this version's waiting ranks keep their core: 3 and 4 ranks on two cores take 6 minutes
 test-mpich5: MORE_TESTS = test_stopping.py test_restart.py
 test-debian-openmpi: export MPI4PY_LIBMPI = libmpi.so.40
 test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian-mpich/lib
