@@ -58,7 +58,7 @@ def facts(directory: str, files: list[str]) -> dict[str, Any]:
     found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found["memory"] = free_memory()
     found["interfaces"] = interfaces()
-    found["fabric"] = bool(glob.glob("/sys/class/infiniband/*"))
+    found["fabric"] = fabric()
     try:
         os.chdir(directory)
     except OSError as error:
@@ -142,6 +142,16 @@ def interfaces() -> list[dict[str, Any]]:
                 speed = int(file.read())
             found.append({"name": name, "address": socket.inet_ntoa(address), "subnet": subnet, "speed": speed})
     return sorted(found, key=lambda interface: -interface["speed"])
+
+
+def fabric() -> bool:
+    """Whether this host has an InfiniBand or Omni-Path adapter."""
+    return bool(glob.glob("/sys/class/infiniband/*"))
+
+
+def bridges() -> list[str]:
+    """The names of the interfaces that lead to containers and virtual machines of this host, such as docker0."""
+    return sorted(path.split("/")[4] for path in glob.glob("/sys/class/net/*/bridge"))
 
 
 def free_memory() -> int:

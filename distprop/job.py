@@ -19,6 +19,7 @@ from distprop.data import ArrayDataset, load_digits, load_mnist
 from distprop.metrics import EpochResult
 from distprop.optim import schedule
 from distprop.random import manual_seed
+from distprop.stopping import resume_forced
 from distprop.train import Trainer
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -41,12 +42,14 @@ def train_from_config(
 ) -> list[EpochResult]:
     """Load the data, build the model and train it; the resolved configuration is saved beside the metrics.
 
-    With `resume` the run in `train.run_dir`, or in `default_run_dir`, goes on from its newest checkpoint.
+    With `resume`, and in a job that was restarted, the run in `train.run_dir`, or in `default_run_dir`, goes on from
+    its newest checkpoint.
 
     Raises:
         ConfigError: the configuration does not fit the data, or `run_dir` holds another run.
     """
     comm = comm if comm is not None else world()
+    resume = resume or resume_forced()
     task = prepare(config)
     run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
     trainer = task.trainer(
@@ -174,7 +177,7 @@ def _prepare_run_dir(config: Config, default: Path, resume: bool, comm: Communic
 def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
     run_dir = Path(config.train.run_dir) if config.train.run_dir is not None else default
     saved = run_dir / "config.toml"
-    if resume:
+    if resume and (saved.exists() or not resume_forced()):  # a restarted job may not have come so far
         if not saved.exists():
             raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}")
         if different := _differences(load_config(saved), config):

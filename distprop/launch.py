@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from distprop import host_probe
+from distprop import host_probe, slurm
 from distprop import hosts as other_hosts
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
@@ -81,17 +81,23 @@ def plan(
 ) -> Job:
     """How to run a script with its arguments (with `module`, a module's name with its arguments) on N ranks.
 
-    They run here, or on `hosts`, which are asked whether they can; without a number they get as many as they take.
-    `files` are those, besides the script, that must be the same on all hosts.
+    They run on `hosts`, which are asked whether they can; in a Slurm job on what it has been given; otherwise here.
+    Without a number, hosts and Slurm jobs get as many as they take. `files` are those, besides the script, that must
+    be the same on all hosts.
 
     `timeout_seconds` is how long a rank may make no progress while others wait for it.
 
     Raises:
-        LaunchError: fewer than one rank, no such script or module, or no launcher that belongs to the MPI library.
+        LaunchError: fewer than one rank, more than a Slurm job has slots, no such script or module, or no launcher that
+            belongs to the MPI library.
         HostsError: more ranks than slots, or hosts that cannot run the job.
         MPIMissingError: more than one rank, and no MPI library is installed.
     """
-    if ranks is None and not hosts:
+    try:
+        allocation = slurm.allocation() if not hosts else None
+    except slurm.AllocationError as error:
+        raise LaunchError(str(error)) from error
+    if ranks is None and not hosts and not allocation:
         raise LaunchError("say how many ranks, with -n")
     if ranks is not None and ranks < 1:
         raise LaunchError(f"-n {ranks}: a job has 1 rank or more")
@@ -101,6 +107,8 @@ def plan(
     if hosts:
         script = [] if module or not Path(arguments[0]).is_file() else [arguments[0]]
         return _plan_hosts(other_hosts.allot(hosts, ranks), program, [*script, *files], limit)
+    if allocation:
+        return _plan_allocation(allocation, ranks, program, limit)
     assert ranks is not None
     cores = allowed_cores()
     environment, threads = _thread_environment(max(1, cores // ranks))
@@ -154,6 +162,42 @@ def _plan_hosts(
     return Job(
         cluster.ranks, tuple(command), environment, description, "; ".join(cluster.advice), launcher, cluster.hosts
     )
+
+
+def _plan_allocation(
+    allocation: slurm.Allocation, ranks: int | None, program: Sequence[str], limit: Mapping[str, str]
+) -> Job:
+    """How to run a program in a Slurm job; the launchers find its nodes by themselves."""
+    try:
+        allotted = allocation.allot(ranks)
+    except slurm.AllocationError as error:
+        raise LaunchError(str(error)) from error
+    ranks, nodes = sum(allotted), sum(map(bool, allotted))
+    environment, threads = _thread_environment(allocation.threads(allotted))
+    environment |= {"DISTPROP_SIZE": str(ranks)}
+    if ranks == 1 and allocation.here:
+        where = f"the first of {allocation}" if len(allocation.tasks) > 1 else f"the node of {allocation}"
+        return Job(1, (sys.executable, *program), environment, f"1 rank on {where}, without MPI, {threads}")
+
+    library = mpi.library()
+    launcher = find_launcher(library)
+    crowded, reads_peers = allocation.crowded(allotted), _may_read_peers()
+    environment |= {**limit, **_terminal_environment()}
+    environment |= {"SLURM_EXPORT_ENV": "ALL"}  # for the launcher's own srun, even in a job with --export=NONE
+    environment |= launcher_environment(library, ranks, ranks - crowded, reads_peers)
+    if library.vendor == "openmpi":
+        fabric = bool(host_probe.fabric())
+        flags = _open_mpi_flags(_major(library.version), ranks, crowded, reads_peers, fabric)
+        if nodes > 1 and not fabric and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
+            # Every node's docker0 has the same address, by which no node is reached: it would wait for ever.
+            flags += _mca("btl_tcp_if_exclude", ",".join(["127.0.0.0/8", *host_probe.bridges()]))
+    else:
+        flags = ["-n", str(ranks)]
+    command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
+    where = str(allocation) if nodes == len(allocation.tasks) else f"{nodes} of {allocation}"
+    advice = f"{ranks} ranks share fewer cores: correct, but slow" if crowded else ""
+    description = f"{_count(ranks, 'rank')} on {where}, {library.name}, {threads} each"
+    return Job(ranks, tuple(command), environment, description, advice, launcher)
 
 
 def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout: IO[str] | None = None) -> int:

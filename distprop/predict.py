@@ -70,15 +70,18 @@ class Question:
 def measure_here(question: Question, ranks: int | None) -> Measured | None:
     """Measure on `ranks` ranks of this host; by default one for each core, or one alone if there is no MPI.
 
+    In a Slurm job on its nodes, by default on all its slots.
+
     Raises:
         ValueError: the ranks could not be started, or did not come to an end.
     """
+    from distprop import slurm
     from distprop.bench.cluster import Measured
     from distprop.comm import SoloCommunicator
     from distprop.comm.mpi import MPIMissingError
     from distprop.launch import LaunchError, allowed_cores, ask, plan
 
-    wanted = ranks if ranks is not None else allowed_cores()
+    wanted = ranks if ranks is not None or slurm.job_name() else allowed_cores()
     if wanted == 1:
         return question.measure(SoloCommunicator())
     try:
@@ -91,7 +94,7 @@ def measure_here(question: Question, ranks: int | None) -> Measured | None:
     print(f"distprop: measuring on {job.description}", file=sys.stderr, flush=True)
     status, line = ask(job)
     if status or not line:
-        raise ValueError(f"the measurement on {wanted} ranks ended with status {status}")
+        raise ValueError(f"the measurement on {job.ranks} ranks ended with status {status}")
     return Measured.from_json(line)
 
 

@@ -38,6 +38,7 @@ def run_restarting(
     max_time: float = math.inf,
     hosts: Mapping[str, int] | None = None,
     answers: Callable[[str], bool] = lambda host: True,
+    stopped: Callable[[bool], object] | None = None,
 ) -> int:
     """Run `job`, and what `plan` says after a failure, up to `max_restarts` times; returns the last exit status.
 
@@ -45,9 +46,12 @@ def run_restarting(
     ended by a signal to this process is not restarted. Nor is one after `max_time` seconds, restarts included; its
     ranks stop in time to write a checkpoint before. Before each restart `answers(host)` tells which hosts are left.
     Two attempts in a row that end without a newer checkpoint are the last.
+
+    At the end of a job that has stopped early, `stopped(advanced)` is called: whether any of its runs has a later
+    checkpoint than it began with, or whether the job has none that are known.
     """
     deadline, wanted = time.time() + max_time, job.ranks
-    if job.launcher is None and not max_restarts:
+    if job.launcher is None and not max_restarts and not stopped:
         return run(job, Watch(None, deadline))  # it takes this process's place
     with tempfile.TemporaryDirectory(prefix="distprop-") as folder:
         watch = Watch(folder, deadline)
@@ -76,6 +80,9 @@ def run_restarting(
             job = plan(attempt)
             if reached:
                 job = replace(job, environment={**job.environment, RESUME: "1"})
+        began, reached = watch.run_dirs("began"), watch.run_dirs()
+    if status == STATUS and stopped:
+        stopped(not reached or any(step > began.get(run_dir, 0) for run_dir, step in reached.items()))
     return status
 
 

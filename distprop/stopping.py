@@ -29,7 +29,9 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, and starting it again goes o
 
 MAX_TIME = "DISTPROP_MAX_TIME"  # for users: seconds or 1h30m, from the start of the process
 DEADLINE = "DISTPROP_DEADLINE"  # from the launcher: the same as seconds since 1970
-RESUME = "DISTPROP_RESUME"  # "1": a Trainer with a run_dir resumes whatever its script says
+RESUME = (
+    "DISTPROP_RESUME"  # "1": a Trainer with a run_dir resumes whatever its script says, as in a restarted Slurm job
+)
 REPORT = "DISTPROP_REPORT"  # from the launcher: the file of `Report`
 
 OUT_OF_TIME = "the time is over"
@@ -89,8 +91,10 @@ def deadline() -> float:
 
 
 def resume_forced() -> bool:
-    """Whether this is a restart, in which runs go on whatever the script says."""
-    return os.environ.get(RESUME) == "1"
+    """Whether this is a restart, by the launcher or by Slurm, in which runs go on whatever the script says."""
+    from distprop import slurm  # its import is for those who train
+
+    return os.environ.get(RESUME) == "1" or slurm.restarts() > 0
 
 
 def stop_message(reasons: Sequence[str], step: int, newest: int | None, run_dir: Path | None) -> str:

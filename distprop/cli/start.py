@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,9 @@ MAX_TIME = click.option(
     metavar="TIME",
     help="Write a checkpoint and stop with status 75 before TIME (seconds, or as in 1h30m) is over.",
 )
+REQUEUE = click.option(
+    "--requeue", is_flag=True, help="In a Slurm job: when it has stopped early, have Slurm start it again to go on."
+)
 HOSTS = click.option("--hosts", metavar="A:2,B:2", help="Start the ranks on these hosts, over ssh; 2 on each of these.")
 HOSTFILE = click.option(
     "--hostfile", type=click.Path(path_type=Path), help="The same from a file: a host a line, `A slots=2` or `A:2`."
@@ -78,6 +82,7 @@ class Limits(NamedTuple):
     max_restarts: int = 0
     max_time: float = math.inf
     timeout: float | None = None  # None: that of the environment
+    requeue: bool = False  # by Slurm, once it has stopped early
 
 
 class Where(NamedTuple):
@@ -110,10 +115,12 @@ def start(
     resume: Callable[[str], list[str]] | None = None,
 ) -> None:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
+    from distprop import slurm
     from distprop.comm.mpi import MPIMissingError
     from distprop.hosts import Host, HostsError, alive
     from distprop.launch import Job, LaunchError, plan
     from distprop.restart import Attempt, run_restarting
+    from distprop.stopping import STATUS
 
     def plan_on(ranks: int | None, program: list[str], hosts: Sequence[Host]) -> Job:
         files, timeout_seconds = where.files, limits.timeout
@@ -123,10 +130,21 @@ def start(
         again = resume(next(iter(attempt.run_dirs))) if resume and attempt.run_dirs else program
         return plan_on(attempt.ranks, again, [Host(name, slots) for name, slots in attempt.hosts.items()])
 
+    if (copies := slurm.copies()) > 1:
+        if not slurm.is_spokesman():
+            sys.exit(Refusal.exit_code)
+        raise Refusal(
+            f"srun has started this command {copies} times, and each of them would start all ranks; leave srun out: in "
+            "a Slurm job distprop starts the ranks by itself"
+        )
     try:
         hosts = where.read()
-        if hosts and limits.max_restarts:
-            os.environ["DISTPROP_RESTARTS"] = str(limits.max_restarts)  # the ranks then refuse a run_dir not shared
+        if limits.requeue and slurm.job_name() is None:
+            raise LaunchError(
+                "--requeue is for a Slurm job; this is none. Submit it with sbatch, or leave --requeue out"
+            )
+        if limits.requeue or (hosts and limits.max_restarts):
+            os.environ["DISTPROP_RESTARTS"] = "1"  # the ranks then refuse a run_dir not shared
         job = plan_on(ranks, program, hosts)
     except (LaunchError, HostsError, MPIMissingError) as error:
         raise Refusal(str(error)) from error
@@ -143,5 +161,9 @@ def start(
         max_time=limits.max_time,
         hosts=slots,
         answers=lambda name: bool(alive([Host(name, slots[name])])),
+        stopped=slurm.requeue if limits.requeue else None,
     )
+    if limits.requeue and status not in (0, STATUS):
+        why = " by SIGUSR1 before training had begun" if status == 128 + signal.SIGUSR1 else f" with status {status}"
+        click.echo(f"distprop: job {slurm.job_name()} is not requeued: it ended{why}", err=True)
     sys.exit(status)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
+from distprop import slurm
 from distprop.comm.base import CollectiveError, Communicator
 from distprop.comm.solo import SoloCommunicator
 from distprop.comm.threads import ThreadCommunicator, run_threads
+
+if TYPE_CHECKING:
+    from distprop.comm.mpi import Library
 
 __all__ = [
     "CollectiveError",
@@ -42,7 +49,8 @@ def world() -> Communicator:
 
     Raises:
         LauncherMismatchError: the launcher says N ranks while MPI says another number, as when `mpirun` belongs to
-            another MPI than the one mpi4py loads. Training would run N times and overwrite its own results.
+            another MPI than the one mpi4py loads, or that MPI cannot talk to `srun`. Training would run N times and
+            overwrite its own results. Under srun one of the processes says so, if nobody catches it.
         MPIMissingError: started by a launcher, but no MPI library is installed.
         ValueError: DISTPROP_TIMEOUT is no number of seconds.
     """
@@ -57,14 +65,18 @@ _world: Communicator | None = None
 
 def _connect() -> Communicator:
     launcher, expected = started_by()
-    if launcher is None:
+    if launcher is None or (launcher, expected) == ("distprop run", 1):
         return SoloCommunicator()
     from distprop.comm import mpi, watchdog
 
     timeout = watchdog.timeout_seconds()
+    if launcher == "srun" and expected > 1 and mpi.library().vendor == "openmpi" and "PMIX_RANK" not in os.environ:
+        _refuse_srun(expected, 1, mpi.library())  # before MPI starts, since it would complain first
     mpi.start_with_all_ranks(timeout)
     comm = mpi.MPICommunicator()
     if comm.size != expected:
+        if launcher == "srun":
+            _refuse_srun(expected, comm.size, mpi.library())
         raise LauncherMismatchError(
             f"{launcher} started {expected} ranks, but {mpi.library().name}, which mpi4py loads, sees {comm.size}: "
             f"each process would train alone and overwrite the others' results. Start the job with "
@@ -81,8 +93,29 @@ def started_by() -> tuple[str | None, int]:
     """Which launcher started this process, if any, and how many ranks it says there are."""
     for variable, launcher in _LAUNCHERS.items():
         if value := os.environ.get(variable):
-            return launcher, int(value)
+            by_srun = variable == "PMI_SIZE" and slurm.copies() == int(value)  # srun --mpi=pmi2 sets it too
+            return "srun" if by_srun else launcher, int(value)
     return None, 1
+
+
+def _refuse_srun(expected: int, size: int, library: Library) -> NoReturn:
+    """Raised in every process, and said by one, which has no use for a traceback."""
+
+    def say_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, LauncherMismatchError):
+            sys.__excepthook__(kind, error, trace)
+        elif slurm.is_spokesman():
+            print(f"distprop: {error}", file=sys.stderr, flush=True)
+
+    sys.excepthook = say_once
+    with_srun = (
+        "srun --mpi=pmi2" if library.vendor == "mpich" else "pip install mpich in its place, and srun --mpi=pmi2"
+    )
+    raise LauncherMismatchError(
+        f"srun started {expected} processes, but {library.name}, which mpi4py loads, cannot join them this way: each "
+        f"sees a world of {size}, would train alone and overwrite the others' results. Leave srun out: in a batch "
+        f"script or an allocation, `distprop run script.py` (or mpirun) starts the ranks. Or keep it: {with_srun}"
+    )
 
 
 def _share_cores(comm: Communicator) -> None:

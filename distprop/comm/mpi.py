@@ -345,7 +345,7 @@ def _load(initialize: bool) -> Any:
     import mpi4py
 
     if not initialize and "mpi4py.MPI" not in sys.modules:
-        mpi4py.rc.initialize = False
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # whoever starts MPI later
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
