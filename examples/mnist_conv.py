@@ -4,7 +4,7 @@
     distprop run -n 2 examples/mnist_conv.py --expanded      moved and turned images, dropout: at least 99.6 %
 
 Nielsen reports 99.23 % and 99.60 % after 60 and 40 epochs of plain SGD; momentum and a learning rate that falls along a
-cosine need fewer.
+cosine need fewer. With --expanded the run is deterministic: the figure is the same on any number of ranks.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expanded", action="store_true", help="augmented images, a larger network with dropout")
     parser.add_argument("--root", help="folder with the four IDX files")
-    parser.add_argument("--epochs", type=int, help="15, or 20 with --expanded")
+    parser.add_argument("--epochs", type=int, help="15, or 30 with --expanded")
     parser.add_argument("--batch-size", type=int, help="rows of the global batch: 64, or 128 with --expanded")
     parser.add_argument("--lr", type=float, help="0.05, or 0.1 with --expanded")
     parser.add_argument("--limit", type=int, help="use only the first so many training images")
@@ -55,14 +55,15 @@ def main() -> None:
     if args.expanded:
         transforms = [data.RandomRotation(10), data.RandomShift(2)]
         examples = data.Augmented(train_set, transforms, seed=args.seed)
-    epochs, batch_size, lr = (20, 128, 0.1) if args.expanded else (15, 64, 0.05)
+    epochs, batch_size, lr = (30, 128, 0.1) if args.expanded else (15, 64, 0.05)
     epochs, batch_size, lr = args.epochs or epochs, args.batch_size or batch_size, args.lr or lr
     dp.manual_seed(args.seed)
     model = network(args.expanded)
     steps = epochs * math.ceil(len(train_set) / batch_size)
     schedule = optim.schedule.warmup(optim.schedule.cosine(lr, steps), max(1, steps // 20))
     optimizer = optim.SGD(model.parameters(), lr=schedule, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    trainer = dp.Trainer(model, F.cross_entropy, optimizer, batch_size=batch_size, seed=args.seed, run_dir=args.run_dir)
+    options = {"batch_size": batch_size, "seed": args.seed, "run_dir": args.run_dir, "deterministic": args.expanded}
+    trainer = dp.Trainer(model, F.cross_entropy, optimizer, **options)
     trainer.fit(examples, epochs=epochs, validation=test_set)
     result = trainer.evaluate(test_set)
     if trainer.comm.rank == 0:

@@ -94,7 +94,7 @@ def test_help_loads_neither_mpi_nor_the_launcher() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "Run a Python script on N ranks of this host, or of other hosts." in done.stdout
+    assert "Run a Python script on N ranks of this host, of other hosts, or" in done.stdout
 
 
 def test_the_script_for_this_machine_is_distprop_run(script: str, tmp_path: Path) -> None:
