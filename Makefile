@@ -13,7 +13,7 @@ MPIS := openmpi4 mpich4 mpich5
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel faults cluster test-mpis clean
+.PHONY: demo test lint types unit parallel faults cluster slurm test-mpis clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,7 +40,11 @@ faults: .venv-mpich5/.dev-installed
 
 # On several hosts, which are containers: needs Docker with Compose
 cluster: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -m "not timing" tests/cluster
+	$(BIN)/python -m pytest -m "not timing" --ignore tests/cluster/test_slurm.py tests/cluster
+
+# On a Slurm of two nodes or more, under Open MPI 5 and MPICH 5
+slurm: $(VENV)/.dev-installed .venv-mpich5/.dev-installed
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 test-mpis: $(MPIS:%=.venv-%/.dev-installed)
 	set -e; for mpi in $(MPIS); do \
