@@ -14,13 +14,13 @@ MPIS := mpich5 impi debian-openmpi debian-mpich
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel faults cluster test-mpis $(MPIS:%=test-%) clean
+.PHONY: demo test lint types unit parallel faults cluster slurm test-mpis $(MPIS:%=test-%) clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/distprop run -n 2 examples/digits.py
 
-test: lint types unit parallel faults
+test: lint types unit parallel faults cluster slurm
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(SOURCES)
@@ -41,7 +41,11 @@ faults: .venv-mpich5/.dev-installed
 
 # On several hosts, which are containers: needs Docker with Compose
 cluster: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -m "not timing" tests/cluster
+	$(BIN)/python -m pytest -m "not timing" --ignore tests/cluster/test_slurm.py tests/cluster
+
+# On a Slurm of two nodes or more, under Open MPI 5 and MPICH 5
+slurm: $(VENV)/.dev-installed .venv-mpich5/.dev-installed
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)

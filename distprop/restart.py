@@ -48,7 +48,7 @@ def run_restarting(
     Two attempts in a row that end without a newer checkpoint are the last.
 
     At the end of a job that has stopped early, `stopped(advanced)` is called: whether any of its runs has a later
-    checkpoint than it began with, or whether the job has none that are known.
+    checkpoint than it began with.
     """
     deadline, wanted = time.time() + max_time, job.ranks
     if job.launcher is None and not max_restarts and not stopped:
@@ -82,7 +82,7 @@ def run_restarting(
                 job = replace(job, environment={**job.environment, RESUME: "1"})
         began, reached = watch.run_dirs("began"), watch.run_dirs()
     if status == STATUS and stopped:
-        stopped(not reached or any(step > began.get(run_dir, 0) for run_dir, step in reached.items()))
+        stopped(any(step > began.get(run_dir, 0) for run_dir, step in reached.items()))
     return status
 
 

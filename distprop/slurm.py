@@ -150,15 +150,16 @@ def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
 def requeue(advanced: bool) -> bool:
     """Put this job, which has stopped early, back into the queue; says so, or why not. Slurm then ends this process.
 
-    `advanced` says whether it got further than it was when it began. Otherwise it is not started again, since a time
-    limit that is too short for a single step would have it start for ever.
+    `advanced` says whether it has a newer checkpoint than it began with. Otherwise it is not started again: without
+    checkpoints, or with a time limit that is too short for a single step, it would start for ever.
     """
     job = job_name()
     if job is None:
         return _say("not requeued: this is no Slurm job")
     if not advanced:
         return _say(
-            f"job {job} is not requeued: it has made no step since it was started; is its time limit too short?"
+            f"job {job} is not requeued: it has no newer checkpoint than it began with. Does it write any "
+            "(checkpoint_every), and is its time limit long enough?"
         )
     state = _ask("squeue", "--noheader", "--format=%T", f"--jobs={job}")
     if state != "RUNNING":

@@ -263,10 +263,10 @@ def test_a_job_that_slurm_is_ending_is_not_requeued(
     assert f"not requeued: Slurm says {state}" in capsys.readouterr().err
 
 
-def test_a_job_that_made_no_step_is_not_requeued(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_without_a_newer_checkpoint_is_not_requeued(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not slurm.requeue(advanced=False)
     assert not asked.exists()
-    assert "is its time limit too short?" in capsys.readouterr().err
+    assert "no newer checkpoint than it began with" in capsys.readouterr().err
 
 
 def test_a_refusal_of_slurms_is_passed_on(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_a_refusal_of_slurms_is_passed_on(asked: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     ("told", "advanced"),
-    [("", True), ("report.began(run, 0)", False), ("report.began(run, 5); report.reached(run, 6)", True)],
+    [("", False), ("report.began(run, 0)", False), ("report.began(run, 5); report.reached(run, 6)", True)],
 )
 def test_what_stops_early_is_told_whether_it_got_further(told: str, advanced: bool) -> None:
     code = f"""if True:
