@@ -91,6 +91,25 @@ class Tally:
             self.correct += correct * examples
 
 
+def in_words(values: Mapping[str, float]) -> str:
+    """Metrics for people.
+
+    >>> in_words({"loss": 0.12345, "accuracy": 0.9876})
+    'loss 0.1235  accuracy 98.76%'
+    """
+    return "  ".join(
+        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}" for name, value in values.items()
+    )
+
+
+def epoch_in_words(
+    epoch: int, loss: float, metrics: Mapping[str, float], validation: Mapping[str, float]
+) -> str:
+    """An epoch's line for people."""
+    line = f"epoch {epoch + 1}  {in_words({'loss': loss, **metrics})}"
+    return f"{line}  validation {in_words(validation)}" if validation else line
+
+
 class MetricsFile:
     """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes nothing.
 

@@ -29,7 +29,7 @@ from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
-from distprop.progress import Progress, show_progress
+from distprop.progress import Plan, Progress, show_progress
 from distprop.rundir import session
 from distprop.stopping import (
     DISK_BYTES_PER_SECOND,
@@ -220,7 +220,8 @@ class Trainer:
         results: list[EpochResult] = []
         self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
         noted = session(self.run_dir, self.comm, self._settings(dataset, epochs, steps))
-        progress_shown = show_progress(self._progress and self.comm.rank == 0, int(total))
+        plan = Plan(int(total), len(loader), self.epoch, self.batch)
+        progress_shown = show_progress(self._progress and self.comm.rank == 0, plan, self._timeline)
         with (
             noted,
             self._metrics,

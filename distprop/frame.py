@@ -1,0 +1,221 @@
+"""What the live view shows: bars, numbers, a sparkline of each layer's gradient norm, verdicts; as lines of text.
+
+A frame is a function of a `Scene` and the size of the window. It never has more lines, or wider ones, than it is given,
+so a window of any size has its picture: what matters least goes first, and layers that find no room are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from distprop.metrics import StepResult, in_words
+
+Piece: TypeAlias = tuple[str, str]  # text, and its colour: the numbers of ECMA-48's "select graphic rendition"
+PLAIN, BOLD, DIM, RED, GREEN, YELLOW, CYAN = "", "1", "2", "31", "32", "33", "36"
+WIDEST = 110  # columns; beyond it a line is hard to follow
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_NOT_FINITE, _ZERO = "×", "0"
+_LONGEST_VERDICT = 3  # lines
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is known at one moment.
+
+    Attributes:
+        latest: the last step.
+        epoch, epochs: which one this is, from 1, and how many there will be.
+        batch, batches: of this epoch.
+        done, total: steps of this call of `fit`.
+        seconds_left: until it ends, evaluation included; None while nobody can tell.
+        rate: samples a second.
+        communication: the share of step time that goes into reductions, on rank 0.
+        slowest: a rank, and by how much its own work takes longer than the mean of all; None on a single one.
+        norms: by layer, the norms of its gradient, the last one now; NaN or infinity where it was not finite.
+        verdicts: the last one last.
+    """
+
+    latest: StepResult | None = None
+    epoch: int = 1
+    epochs: int = 1
+    batch: int = 0
+    batches: int = 1
+    done: int = 0
+    total: int = 1
+    seconds_left: float | None = None
+    rate: float = 0.0
+    communication: float | None = None
+    slowest: tuple[int, float] | None = None
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    verdicts: Sequence[str] = ()
+
+
+def frame(scene: Scene, columns: int, rows: int, colour: bool = True) -> list[str]:
+    """At most `rows` lines of at most `columns` characters, at least one."""
+    columns, rows = max(1, min(columns, WIDEST)), max(1, rows)
+    total = _bar_line("total", scene.done, scene.total, columns, _left(scene))
+    epoch = _bar_line(f"epoch {scene.epoch}/{scene.epochs}", scene.batch, scene.batches, columns, "")
+    if scene.epochs == 1:
+        total = _bar_line("epoch 1/1", scene.done, scene.total, columns, _left(scene))
+    by_weight = [(1, total), (2, _numbers(scene)), (4, _shares(scene))] + [(3, epoch)] * (scene.epochs > 1)
+    kept = sorted(weight for weight, line in by_weight if line)[:rows]
+    order = {3: 0, 1: 1, 2: 2, 4: 3}
+    lines = [line for weight, line in sorted(by_weight, key=lambda item: order[item[0]]) if weight in kept]
+    verdicts = _verdicts(scene.verdicts, columns, (rows - len(lines)) // 2)
+    lines += _sparklines(scene.norms, columns, rows - len(lines) - len(verdicts))
+    return [_text(line, columns, colour) for line in lines + verdicts]
+
+
+def sparkline(values: Sequence[float], low: float, high: float) -> list[Piece]:
+    """A block for each value, as high as its logarithm between `low` and `high`, both positive.
+
+    >>> "".join(text for text, _ in sparkline([0.01, 0.1, 1, math.nan, 0], 0.01, 1))
+    '▁▅█×0'
+    """
+    pieces: list[Piece] = []
+    for value in values:
+        if not math.isfinite(value):
+            pieces.append((_NOT_FINITE, RED))
+        elif value <= 0:
+            pieces.append((_ZERO, DIM))
+        else:
+            place = (math.log10(value) - math.log10(low)) / max(math.log10(high) - math.log10(low), 1e-9)
+            pieces.append((_BLOCKS[min(7, max(0, round(place * 7)))], CYAN))
+    return pieces
+
+
+def width_of(text: str) -> int:
+    """How many columns of a terminal `text` takes; letters of China and Japan take two, accents none.
+
+    >>> width_of("weight"), width_of("重み"), width_of("é")
+    (6, 4, 1)
+    """
+    return sum(map(_width, text))
+
+
+def _bar_line(name: str, done: int, total: int, columns: int, after: str) -> list[Piece]:
+    """A name, a bar, "done/total" and what comes after."""
+    said = f"{done:,}/{total:,}" + (f"  {after}" if after else "")
+    length = min(60, columns - 13 - 2 - max(len(said), 24))
+    if length < 4:
+        return [(f"{name}  ", BOLD), (said, PLAIN)]
+    filled = min(length, int(length * done / max(1, total)))
+    return [(f"{name:<13}", BOLD), ("━" * filled, GREEN), ("─" * (length - filled), DIM), (f"  {said}", PLAIN)]
+
+
+def _left(scene: Scene) -> str:
+    if scene.seconds_left is None:
+        return ""
+    seconds = round(scene.seconds_left)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    clock = f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+    return f"{clock} left"
+
+
+def _numbers(scene: Scene) -> list[Piece]:
+    if scene.latest is None:
+        return []
+    said = in_words({"loss": scene.latest.loss, **scene.latest.metrics})
+    bad = not math.isfinite(scene.latest.loss)
+    return [(said, RED if bad else BOLD), (f"  {scene.rate:,.0f} samples/s  lr {scene.latest.lr:.3g}", PLAIN)]
+
+
+def _shares(scene: Scene) -> list[Piece]:
+    said = []
+    if scene.communication is not None:
+        said.append(f"communication {scene.communication:.1%} of step time")
+    if scene.slowest is not None:
+        rank, more = scene.slowest
+        said.append(f"slowest rank {rank}, {more:.1%} above the mean")
+    return [("  ".join(said), PLAIN)] if said else []
+
+
+def _sparklines(norms: Mapping[str, Sequence[float]], columns: int, rows: int) -> list[list[Piece]]:
+    """A heading and a line for each layer, or for as many as there is room for, evenly spread."""
+    if not norms or rows < 2:
+        return []
+    names = list(norms)
+    shown = min(len(names), rows - 1)
+    places = [round(i * (len(names) - 1) / max(1, shown - 1)) for i in range(shown)]
+    names = [names[place] for place in places]
+    widest = min(max(map(width_of, names)), max(6, columns // 3))
+    length = max(1, columns - widest - 2 - 10)
+    recent = {name: list(norms[name])[-length:] for name in names}
+    positive = [value for values in recent.values() for value in values if math.isfinite(value) and value > 0]
+    low, high = _scale(positive)
+    about = f"  {low:.0e} to {high:.0e}, logarithmic" if positive else ""
+    hidden = len(norms) - shown
+    rest = f"; {hidden} of {len(norms)} layers are not shown" if hidden else ""
+    lines: list[list[Piece]] = [[("norm of the gradient", BOLD), (about + rest, DIM)]]
+    for name, values in recent.items():
+        short = _tail(name, widest)
+        lines.append([(short + " " * (widest - width_of(short) + 1), PLAIN), *sparkline(values, low, high)])
+        if values:
+            now = values[-1]
+            lines[-1].append((f" {now:.1e}" if math.isfinite(now) else " not finite", PLAIN))
+    return lines
+
+
+def _scale(positive: Iterable[float]) -> tuple[float, float]:
+    """The range of the numbers, a factor of ten at least, so that what hardly changes looks flat."""
+    logs = [math.log10(value) for value in positive] or [0.0]
+    low, high = min(logs), max(logs)
+    missing = max(0.0, 1 - (high - low)) / 2
+    return 10.0 ** max(-307.0, low - missing), 10.0 ** min(308.0, high + missing)
+
+
+def _verdicts(texts: Sequence[str], columns: int, rows: int) -> list[list[Piece]]:
+    """The last ones that fit, each whole unless it is very long."""
+    lines: list[list[Piece]] = []
+    for text in reversed(texts):
+        wrapped = textwrap.wrap(text, max(1, columns - 2)) or [""]
+        if len(wrapped) > _LONGEST_VERDICT:
+            wrapped = wrapped[:_LONGEST_VERDICT]
+            wrapped[-1] = wrapped[-1][: max(0, columns - 3)] + "…"
+        if len(lines) + len(wrapped) > rows:
+            break
+        lines = [[("! " if i == 0 else "  ", YELLOW), (line, YELLOW)] for i, line in enumerate(wrapped)] + lines
+    return lines
+
+
+def _text(pieces: Sequence[Piece], columns: int, colour: bool) -> str:
+    """The pieces up to `columns`, in their colours."""
+    parts, room = [], columns
+    for text, code in pieces:
+        kept = "".join(_head(_printable(text), room))
+        room -= width_of(kept)
+        parts.append(f"\x1b[{code}m{kept}\x1b[0m" if colour and code and kept else kept)
+    return "".join(parts)
+
+
+def _head(text: str, columns: int) -> Iterable[str]:
+    for character in text:
+        columns -= _width(character)
+        if columns < 0:
+            return
+        yield character
+
+
+def _tail(text: str, columns: int) -> str:
+    """The end of a name that is too long: what tells layers apart."""
+    if width_of(text) <= columns:
+        return text
+    kept = "".join(_head(text[::-1], columns - 1))[::-1]
+    return f"…{kept}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _width(character: str) -> int:
+    if character.isascii():
+        return 1
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
