@@ -6,20 +6,30 @@ so a window of any size has its picture: what matters least goes first, and laye
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from distprop.metrics import StepResult, in_words
+import numpy as np
+from numpy.typing import NDArray
 
+from distprop.metrics import StepResult
+from distprop.progress import in_words
+
+Numbers: TypeAlias = NDArray[np.float64]
 Piece: TypeAlias = tuple[str, str]  # text, and its colour: the numbers of ECMA-48's "select graphic rendition"
 PLAIN, BOLD, DIM, RED, GREEN, YELLOW, CYAN = "", "1", "2", "31", "32", "33", "36"
 WIDEST = 110  # columns; beyond it a line is hard to follow
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_NOT_FINITE, _ZERO = "×", "0"
+_MARKS = "▁▂▃▄▅▆▇█0×"  # eight heights, zero, not finite
+_MARK_COLOURS = (CYAN, DIM, RED)
+_WIDE = re.compile(  # Unicode's wide letters and the accents, roughly; what else there is takes one column
+    "[\u0300-\u036f\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe00-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff]"
+)
 _LONGEST_VERDICT = 3  # lines
 
 
@@ -51,7 +61,7 @@ class Scene:
     rate: float = 0.0
     communication: float | None = None
     slowest: tuple[int, float] | None = None
-    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    norms: Mapping[str, Numbers] = field(default_factory=dict)
     verdicts: Sequence[str] = ()
 
 
@@ -71,22 +81,22 @@ def frame(scene: Scene, columns: int, rows: int, colour: bool = True) -> list[st
     return [_text(line, columns, colour) for line in lines + verdicts]
 
 
-def sparkline(values: Sequence[float], low: float, high: float) -> list[Piece]:
+def sparkline(values: Numbers, low: float, high: float) -> list[Piece]:
     """A block for each value, as high as its logarithm between `low` and `high`, both positive.
 
-    >>> "".join(text for text, _ in sparkline([0.01, 0.1, 1, math.nan, 0], 0.01, 1))
+    >>> "".join(text for text, _ in sparkline(np.array([0.01, 0.1, 1, math.nan, 0]), 0.01, 1))
     '▁▅█×0'
     """
-    pieces: list[Piece] = []
-    for value in values:
-        if not math.isfinite(value):
-            pieces.append((_NOT_FINITE, RED))
-        elif value <= 0:
-            pieces.append((_ZERO, DIM))
-        else:
-            place = (math.log10(value) - math.log10(low)) / max(math.log10(high) - math.log10(low), 1e-9)
-            pieces.append((_BLOCKS[min(7, max(0, round(place * 7)))], CYAN))
-    return pieces
+    finite = np.isfinite(values)
+    drawn = finite & (values > 0)
+    place = (np.log10(np.where(drawn, values, 1.0)) - math.log10(low)) * (
+        7 / max(math.log10(high) - math.log10(low), 1e-9)
+    )
+    marks = np.where(drawn, np.clip(np.rint(place), 0, 7), np.where(finite, 8, 9)).astype(np.intp).tolist()
+    if drawn.all():
+        return [("".join([_MARKS[mark] for mark in marks]), CYAN)]
+    runs = itertools.groupby(marks, lambda mark: _MARK_COLOURS[max(7, mark) - 7])
+    return [("".join([_MARKS[mark] for mark in run]), code) for code, run in runs]
 
 
 def width_of(text: str) -> int:
@@ -95,7 +105,7 @@ def width_of(text: str) -> int:
     >>> width_of("weight"), width_of("重み"), width_of("é")
     (6, 4, 1)
     """
-    return sum(map(_width, text))
+    return sum(map(_width, text)) if _WIDE.search(text) else len(text)
 
 
 def _bar_line(name: str, done: int, total: int, columns: int, after: str) -> list[Piece]:
@@ -135,7 +145,7 @@ def _shares(scene: Scene) -> list[Piece]:
     return [("  ".join(said), PLAIN)] if said else []
 
 
-def _sparklines(norms: Mapping[str, Sequence[float]], columns: int, rows: int) -> list[list[Piece]]:
+def _sparklines(norms: Mapping[str, Numbers], columns: int, rows: int) -> list[list[Piece]]:
     """A heading and a line for each layer, or for as many as there is room for, evenly spread."""
     if not norms or rows < 2:
         return []
@@ -145,26 +155,28 @@ def _sparklines(norms: Mapping[str, Sequence[float]], columns: int, rows: int) -
     names = [names[place] for place in places]
     widest = min(max(map(width_of, names)), max(6, columns // 3))
     length = max(1, columns - widest - 2 - 10)
-    recent = {name: list(norms[name])[-length:] for name in names}
-    positive = [value for values in recent.values() for value in values if math.isfinite(value) and value > 0]
+    recent = {name: norms[name][-length:] for name in names}
+    together = np.concatenate(list(recent.values()))
+    positive = together[np.isfinite(together) & (together > 0)]
     low, high = _scale(positive)
-    about = f"  {low:.0e} to {high:.0e}, logarithmic" if positive else ""
+    about = f"  {low:.0e} to {high:.0e}, logarithmic" if positive.size else ""
     hidden = len(norms) - shown
     rest = f"; {hidden} of {len(norms)} layers are not shown" if hidden else ""
     lines: list[list[Piece]] = [[("norm of the gradient", BOLD), (about + rest, DIM)]]
     for name, values in recent.items():
         short = _tail(name, widest)
         lines.append([(short + " " * (widest - width_of(short) + 1), PLAIN), *sparkline(values, low, high)])
-        if values:
-            now = values[-1]
+        if values.size:
+            now = float(values[-1])
             lines[-1].append((f" {now:.1e}" if math.isfinite(now) else " not finite", PLAIN))
     return lines
 
 
-def _scale(positive: Iterable[float]) -> tuple[float, float]:
+def _scale(positive: Numbers) -> tuple[float, float]:
     """The range of the numbers, a factor of ten at least, so that what hardly changes looks flat."""
-    logs = [math.log10(value) for value in positive] or [0.0]
-    low, high = min(logs), max(logs)
+    if not positive.size:
+        return 1.0, 10.0
+    low, high = math.log10(float(positive.min())), math.log10(float(positive.max()))
     missing = max(0.0, 1 - (high - low)) / 2
     return 10.0 ** max(-307.0, low - missing), 10.0 ** min(308.0, high + missing)
 
@@ -187,35 +199,28 @@ def _text(pieces: Sequence[Piece], columns: int, colour: bool) -> str:
     """The pieces up to `columns`, in their colours."""
     parts, room = [], columns
     for text, code in pieces:
-        kept = "".join(_head(_printable(text), room))
+        kept = _head(text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text), room)
         room -= width_of(kept)
         parts.append(f"\x1b[{code}m{kept}\x1b[0m" if colour and code and kept else kept)
     return "".join(parts)
 
 
-def _head(text: str, columns: int) -> Iterable[str]:
-    for character in text:
-        columns -= _width(character)
-        if columns < 0:
-            return
-        yield character
+def _head(text: str, columns: int) -> str:
+    """The beginning of `text`, so much as fits."""
+    if not _WIDE.search(text):
+        return text[:columns]
+    used = itertools.accumulate(map(_width, text))
+    return "".join(character for character, width in zip(text, used, strict=True) if width <= columns)
 
 
 def _tail(text: str, columns: int) -> str:
     """The end of a name that is too long: what tells layers apart."""
     if width_of(text) <= columns:
         return text
-    kept = "".join(_head(text[::-1], columns - 1))[::-1]
-    return f"…{kept}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return "…" + _head(text[::-1], columns - 1)[::-1]
 
 
 def _width(character: str) -> int:
-    if character.isascii():
-        return 1
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

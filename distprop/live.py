@@ -12,20 +12,23 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from distprop.frame import Scene, frame
-from distprop.metrics import StepResult, epoch_in_words
-from distprop.panel import Panel, window_size
+import numpy as np
+
+from distprop.frame import WIDEST, Numbers, Scene, frame
+from distprop.metrics import StepResult
+from distprop.panel import RESTORE, Panel, window_size
+from distprop.progress import PlainLines, Progress, epoch_in_words
 from distprop.timeline import Timeline
 
 SECONDS = 0.2  # between two frames, at least
 SHARE = 0.005  # of the time may go into drawing
 LEAST_COLUMNS, LEAST_ROWS = 40, 10  # of a window; a smaller one gets plain lines
 _WINDOW_FRAMES = 50  # the samples a second are those of so many frames
-_KEPT = 200  # norms of a layer
 _PATIENCE_SECONDS = 2.0  # for the last frame, on a terminal that takes nothing
 
 
@@ -46,8 +49,21 @@ class _Sums:
     reduction: float = 0.0
 
 
-class LiveView:
-    """Shows training on the terminal behind `descriptor`; see `Progress`, of which it is one."""
+@contextmanager
+def show_progress(wanted: bool, plan: Plan, timeline: Timeline) -> Iterator[Progress]:
+    """The progress display that suits standard output."""
+    progress = Progress()
+    if wanted:
+        terminal = _terminal()
+        progress = PlainLines() if terminal is None else LiveView(plan, timeline, terminal)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+class LiveView(Progress):
+    """Shows training on the terminal behind `descriptor`."""
 
     def __init__(self, plan: Plan, timeline: Timeline, descriptor: int) -> None:
         self._plan, self._timeline = plan, timeline
@@ -57,10 +73,11 @@ class LiveView:
         self._first_ended = 0.0
         self._sums = _Sums()
         self._reduced_before = timeline.total("reduction")
-        self._norms: dict[str, deque[float]] = {}
+        self._looks: deque[Mapping[str, Any]] = deque(maxlen=WIDEST)  # health lines that have not been read
+        self._norms: dict[str, Numbers] = {}
         self._slowest: tuple[int, float] | None = None
         self._verdicts: deque[str] = deque(maxlen=10)
-        self._above: list[str] = []  # lines that wait to be printed
+        self._above: deque[str] = deque(maxlen=1000)  # lines that wait to be printed
         self._news = True
         self._frames: deque[_Sums] = deque([_Sums()], maxlen=_WINDOW_FRAMES)
         self._colour = "NO_COLOR" not in os.environ
@@ -97,12 +114,8 @@ class LiveView:
     def health(self, line: Mapping[str, Any]) -> None:
         """The gradients were looked at."""
         with self._lock:
+            self._looks.append(line)
             self._news = True
-            for name, entry in _layers(line.get("health")).items():
-                norm = entry.get("grad_norm")
-                value = float(norm) if isinstance(norm, int | float) else math.nan
-                self._norms.setdefault(name, deque(maxlen=_KEPT)).append(value)
-            self._slowest = _slowest(line.get("seconds")) or self._slowest
 
     def verdict(self, text: str) -> None:
         """Something is wrong."""
@@ -130,6 +143,8 @@ class LiveView:
         except OSError:
             pass  # nobody watches any more
         except Exception as error:  # a mistake in here is no reason to end training
+            with suppress(OSError):
+                self._write(RESTORE)
             print(f"distprop: the live view has ended: {error!r}", file=sys.stderr, flush=True)
         finally:
             os.close(self._descriptor)
@@ -144,37 +159,49 @@ class LiveView:
         """How to draw what is known now, and the lines to be printed above it."""
         with self._lock:
             self._news = False
-            above, self._above = self._above, []
-            scene = self._scene()
+            above, looks = list(self._above), list(self._looks)
+            self._above.clear()
+            self._looks.clear()
+            latest, done, sums, verdicts = self._latest, self._done, self._sums, list(self._verdicts)
+        for line in looks:
+            self._read_health(line)
+        scene = self._scene(latest, done, sums, verdicts)
         return (lambda columns, rows: frame(scene, columns, rows, self._colour)), above
 
-    def _scene(self) -> Scene:
-        before, now = self._frames[0], self._sums
+    def _read_health(self, line: Mapping[str, Any]) -> None:
+        for name, entry in _layers(line.get("health")).items():
+            norm = entry.get("grad_norm")
+            value = float(norm) if isinstance(norm, int | float) else math.nan
+            self._norms[name] = np.append(self._norms.get(name, np.empty(0)), value)[-WIDEST:]
+        self._slowest = _slowest(line.get("seconds")) or self._slowest
+
+    def _scene(self, latest: StepResult | None, done: int, now: _Sums, verdicts: Sequence[str]) -> Scene:
+        before = self._frames[0]
         self._frames.append(now)
         batches = max(1, self._plan.batches)
-        place = self._plan.batch + self._done  # steps since the beginning of the first epoch
+        place = self._plan.batch + done  # steps since the beginning of the first epoch
         number = max(0, place - 1) // batches
         return Scene(
-            latest=self._latest,
+            latest=latest,
             epoch=self._plan.epoch + number + 1,
             epochs=self._plan.epoch + max(1, -(-(self._plan.batch + self._plan.total) // batches)),
             batch=place - number * batches,
             batches=batches,
-            done=self._done,
+            done=done,
             total=self._plan.total,
-            seconds_left=self._seconds_left(),
+            seconds_left=self._seconds_left(done),
             rate=_ratio(now.examples - before.examples, now.seconds - before.seconds) or 0.0,
             communication=_ratio(now.reduction - before.reduction, now.seconds - before.seconds),
             slowest=self._slowest,
-            norms={name: list(values) for name, values in _without_biases(self._norms).items()},
-            verdicts=list(self._verdicts),
+            norms=_without_biases(self._norms),
+            verdicts=verdicts,
         )
 
-    def _seconds_left(self) -> float | None:
+    def _seconds_left(self, done: int) -> float | None:
         """At the speed so far, all that is not a step included; the first one, which is slow, is not counted."""
-        if self._done < 2:
+        if done < 2:
             return None
-        return (time.monotonic() - self._first_ended) / (self._done - 1) * (self._plan.total - self._done)
+        return (time.monotonic() - self._first_ended) / (done - 1) * (self._plan.total - done)
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "replace")
@@ -182,9 +209,21 @@ class LiveView:
             data = data[os.write(self._descriptor, data) :]
 
 
-def suits(columns: int, rows: int) -> bool:
-    """Whether a window has room for the view."""
-    return columns >= LEAST_COLUMNS and rows >= LEAST_ROWS
+def _terminal() -> int | None:
+    """The descriptor of standard output if a person sees it, in a window with room for the live view.
+
+    `distprop run` says whether there is a terminal; a rank's own output is a pipe or a pseudo-terminal.
+    """
+    said = os.environ.get("DISTPROP_TERMINAL")
+    try:
+        descriptor = sys.stdout.fileno()
+        seen = said == "1" if said else os.isatty(descriptor) and "OMPI_COMM_WORLD_SIZE" not in os.environ
+        if not seen or os.environ.get("TERM") == "dumb" or not sys.stdout.encoding.lower().startswith("utf"):
+            return None
+        columns, rows = window_size(descriptor)()
+        return descriptor if columns >= LEAST_COLUMNS and rows >= LEAST_ROWS else None
+    except (OSError, AttributeError, ValueError):  # something else stands in for standard output
+        return None
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -196,7 +235,7 @@ def _layers(health: object) -> dict[str, Mapping[str, Any]]:
     return {str(name): entry for name, entry in entries if isinstance(entry, Mapping)}
 
 
-def _without_biases(norms: Mapping[str, Sequence[float]]) -> Mapping[str, Sequence[float]]:
+def _without_biases(norms: Mapping[str, Numbers]) -> Mapping[str, Numbers]:
     """The parameters that stand for their layers."""
     weights = {name: values for name, values in norms.items() if not name.rpartition(".")[2].startswith("bias")}
     return weights or norms

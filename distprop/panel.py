@@ -1,8 +1,8 @@
 """The lowest rows of a terminal, kept for a panel while everything else scrolls by above.
 
-The panel is left out of what the terminal scrolls (DEC's private margins, DECSTBM), and the cursor is always where text
-goes. So what this rank prints, or any other, or the launcher, stands whole above the panel and is never drawn over; only
-rows that have changed are sent. The window may change its size at any time: then it is drawn anew.
+The panel is left out of what the terminal scrolls (by the margins of DEC's VT100), and the cursor is always where text
+goes. So what this rank prints, or any other, or the launcher, stands whole above the panel and is never drawn over.
+Only rows that have changed are sent. The window may change its size at any time: then everything is drawn anew.
 """
 
 from __future__ import annotations

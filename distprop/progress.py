@@ -1,22 +1,16 @@
-"""What rank 0 shows of training: a live view on a terminal, a line an epoch otherwise."""
+"""What rank 0 shows of training: a line an epoch here, a live view on a terminal in `live`."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from distprop.live import LiveView, Plan, suits
-from distprop.metrics import StepResult, epoch_in_words, in_words
-from distprop.panel import window_size
-from distprop.timeline import Timeline
+from distprop.metrics import StepResult
 
 
-class Progress(Protocol):
-    """What training says of itself; each method may be left out by those who inherit."""
+class Progress:
+    """Shows nothing; the base of the two that do."""
 
     def step(self, result: StepResult) -> None:
         """One update was made."""
@@ -32,23 +26,6 @@ class Progress(Protocol):
 
     def close(self) -> None:
         """Training has ended."""
-
-
-class Silence(Progress):
-    """Shows nothing."""
-
-
-@contextmanager
-def show_progress(wanted: bool, plan: Plan, timeline: Timeline) -> Iterator[Progress]:
-    """The progress display that suits standard output."""
-    progress: Progress = Silence()
-    if wanted:
-        terminal = _terminal()
-        progress = PlainLines() if terminal is None else LiveView(plan, timeline, terminal)
-    try:
-        yield progress
-    finally:
-        progress.close()
 
 
 class PlainLines(Progress):
@@ -81,17 +58,18 @@ class PlainLines(Progress):
         self._shown = time.monotonic()
 
 
-def _terminal() -> int | None:
-    """The descriptor of standard output if a person sees it, in a window with room for the live view.
+def in_words(values: Mapping[str, float]) -> str:
+    """Metrics for people.
 
-    `distprop run` says whether there is a terminal; a rank's own output is a pipe or a pseudo-terminal.
+    >>> in_words({"loss": 0.12345, "accuracy": 0.9876})
+    'loss 0.1235  accuracy 98.76%'
     """
-    said = os.environ.get("DISTPROP_TERMINAL")
-    try:
-        descriptor = sys.stdout.fileno()
-        seen = said == "1" if said else os.isatty(descriptor) and "OMPI_COMM_WORLD_SIZE" not in os.environ
-        if not seen or os.environ.get("TERM") == "dumb" or not sys.stdout.encoding.lower().startswith("utf"):
-            return None
-        return descriptor if suits(*window_size(descriptor)()) else None
-    except (OSError, AttributeError, ValueError):  # something else stands in for standard output
-        return None
+    return "  ".join(
+        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}" for name, value in values.items()
+    )
+
+
+def epoch_in_words(epoch: int, loss: float, metrics: Mapping[str, float], validation: Mapping[str, float]) -> str:
+    """An epoch's line for people."""
+    line = f"epoch {epoch + 1}  {in_words({'loss': loss, **metrics})}"
+    return f"{line}  validation {in_words(validation)}" if validation else line

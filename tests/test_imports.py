@@ -20,7 +20,8 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "running"},
     {"checkpoint", "shared_folder"},
-    {"environment", "evaluation", "fingerprint", "metrics", "progress", "rundir", "stopping", "timeline", "train"},
+    {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress", "rundir"}
+    | {"stopping", "tensorboard", "timeline", "train"},
     {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
     {"forecast", "predict", "doctor", "report", "svg", "trace"},
     {"cli", "__main__"},
