@@ -164,7 +164,7 @@ def _sparklines(norms: Mapping[str, Numbers], columns: int, rows: int) -> list[l
     rest = f"; {hidden} of {len(norms)} layers are not shown" if hidden else ""
     lines: list[list[Piece]] = [[("norm of the gradient", BOLD), (about + rest, DIM)]]
     for name, values in recent.items():
-        short = _tail(name, widest)
+        short = _shortened(name, widest)
         lines.append([(short + " " * (widest - width_of(short) + 1), PLAIN), *sparkline(values, low, high)])
         if values.size:
             now = float(values[-1])
@@ -213,11 +213,12 @@ def _head(text: str, columns: int) -> str:
     return "".join(character for character, width in zip(text, used, strict=True) if width <= columns)
 
 
-def _tail(text: str, columns: int) -> str:
-    """The end of a name that is too long: what tells layers apart."""
+def _shortened(text: str, columns: int) -> str:
+    """Without its middle if it is too long: layers are told apart by both ends."""
     if width_of(text) <= columns:
         return text
-    return "…" + _head(text[::-1], columns - 1)[::-1]
+    head = _head(text, (columns - 1) // 2)
+    return f"{head}…{_head(text[::-1], columns - 1 - width_of(head))[::-1]}"
 
 
 def _width(character: str) -> int:

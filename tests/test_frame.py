@@ -106,7 +106,7 @@ def test_before_the_first_step_and_in_a_single_epoch() -> None:
 def test_long_and_strange_names_keep_their_ends() -> None:
     norms = {"a" * 99 + ".weight": np.ones(3), "層\x1b[2J.重み": np.ones(3)}
     lines = [text(line) for line in frame(scene(norms=norms, verdicts=()), 60, 20)][-2:]
-    assert re.fullmatch(r"…a+\.weight +▅▅▅ 1\.0e\+00", lines[0])
+    assert re.fullmatch(r"a+…a+\.weight +▅▅▅ 1\.0e\+00", lines[0])
     assert re.fullmatch(r"層\?\[2J\.重み +▅▅▅ 1\.0e\+00", lines[1])
     assert lines[0].index("▅") == width_of(lines[1][: lines[1].index("▅")])
 

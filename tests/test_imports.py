@@ -23,7 +23,7 @@ FLOORS = [
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress", "rundir"}
     | {"stopping", "tensorboard", "timeline", "train"},
     {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
-    {"forecast", "predict", "doctor", "report", "svg", "trace"},
+    {"forecast", "predict", "doctor", "report", "stylesheet", "svg", "trace"},
     {"cli", "__main__"},
 ]
 
