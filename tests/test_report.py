@@ -167,7 +167,7 @@ def test_the_command_writes_the_file_and_refuses_with_a_message(run_dir: Path, t
 
 MEASURE = """<script>
 const seen = {charts: 0, empty: 0, clipped: [], overlapping: []};
-seen.wide = document.documentElement.scrollWidth - innerWidth};
+seen.wide = document.documentElement.scrollWidth - innerWidth;
 for (const svg of document.querySelectorAll("svg")) {
   const frame = svg.getBoundingClientRect();
   seen.charts += 1;
