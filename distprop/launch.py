@@ -28,6 +28,7 @@ from distprop import host_probe, slurm
 from distprop import hosts as other_hosts
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
+from distprop.panel import RESTORE
 from distprop.stopping import STATUS, TRAINING, Watch
 from distprop.witness import Witness
 
@@ -244,6 +245,8 @@ def _run_guarded(
     previous = stop.listen()
     try:
         status = _exit_status(_wait(process, marker, witness, guard), vendor)
+        if status and stdout is None and sys.stdout.isatty():  # a rank that was killed gave no rows back
+            print(RESTORE, end="", flush=True)
         if status not in (0, STATUS) and not stop.reason:
             print(witness.report(status), end="", file=sys.stderr, flush=True)
     finally:
@@ -359,10 +362,12 @@ def _thread_environment(threads: int) -> tuple[dict[str, str], str]:
 
 
 def _terminal_environment() -> dict[str, str]:
-    """Tells rank 0 whether a person watches, and how wide the window is: what it sees itself is the launcher's."""
+    """Tells rank 0 whether a person watches, and in which window: what it sees itself is the launcher's."""
     if not sys.stdout.isatty():
         return {"DISTPROP_TERMINAL": "0"}
-    return {"DISTPROP_TERMINAL": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
+    columns, lines = shutil.get_terminal_size()
+    window = f"{os.uname().nodename}:{os.ttyname(sys.stdout.fileno())}"
+    return {"DISTPROP_TERMINAL": "1", "DISTPROP_WINDOW": window, "COLUMNS": str(columns), "LINES": str(lines)}
 
 
 def _count(number: int, noun: str) -> str:

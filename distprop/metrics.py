@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -92,14 +92,15 @@ class Tally:
 
 
 class MetricsFile:
-    """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes nothing.
+    """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes no file.
 
-    Lines are flushed once a second, so a reader sees a run that is still going. When the disk is full, standard error
-    says so once and training goes on.
+    `logs`, which have methods `log(line)` and `flush()`, get the same lines. They are flushed once a second: a reader
+    sees a run that is still going. When the disk is full, standard error says so once and training goes on.
     """
 
-    def __init__(self, run_dir: Path | None) -> None:
+    def __init__(self, run_dir: Path | None, logs: Sequence[Any] = ()) -> None:
         self._file: TextIO | None = None
+        self._logs = logs
         self._flushed = time.monotonic()
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ class MetricsFile:
 
     def write_step(self, result: StepResult) -> None:
         """The numbers of one step."""
-        if self._file is not None:
+        if self._file is not None or self._logs:
             self.write(
                 {"step": result.step, "epoch": result.epoch, "loss": result.loss, **result.metrics}
                 | {"lr": result.lr, "examples": result.examples, "seconds": round(result.seconds, 6)}
@@ -115,6 +116,8 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line; numbers that JSON cannot say become null."""
+        for log in self._logs:
+            log.log(line)
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -140,6 +143,8 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for log in self._logs:
+            log.flush()
         if self._file is not None:
             try:
                 self._file.close()

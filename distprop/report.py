@@ -16,12 +16,14 @@ import numpy as np
 
 from distprop import svg
 from distprop.rundir import Run, RunDirError
+from distprop.stylesheet import STYLE
 from distprop.timeline import PHASES
 from distprop.trace import describe_path, read_trace, summarise
 
 _RUN_COLOURS = [f"var(--run{number})" for number in range(6)]
 _PHASE_COLOURS = {phase: f"var(--phase{number})" for number, phase in enumerate(PHASES)}
 _STATES = {"finished": "good", "going": "busy", "failed": "wrong", "died": "wrong"}
+_MANY_ROWS = 40  # of a heat map; biases have none where there are more
 _RESULT_KEYS = {"step", "epoch", "loss", "lr", "examples", "seconds"}
 
 
@@ -42,7 +44,7 @@ def page(runs: Sequence[Run]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
         f"<h1>{escape(', '.join(names))}</h1>\n" + "\n".join(sections) + "\n</main></body></html>\n"
     )
 
@@ -79,6 +81,13 @@ def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> str:
         if run.state == "died":
             silence = f"no word for {_duration(run.silent_seconds)} and no end: it was killed, or hangs"
             items.append(f'<li class="wrong">{who}{silence}</li>')
+        losses = [_number(line.get("loss")) for line in run.steps]
+        bad = [line["step"] for line, loss in zip(run.steps, losses, strict=True) if not math.isfinite(loss)]
+        if bad:
+            items.append(
+                f'<li class="wrong">{who}the loss was not finite in {len(bad):,} of {len(losses):,} steps, '
+                f"first in step {bad[0]:,}</li>"
+            )
         first: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
         for verdict in run.verdicts:
             first.setdefault((str(verdict.get("kind")), str(verdict.get("layer"))), []).append(verdict)
@@ -104,7 +113,8 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
             if len(steps):
                 second = colour if len(runs) > 1 else _RUN_COLOURS[1]
                 curves.append(svg.Line(f"{label}validation", steps, values, second, dots=True, dashed=True))
-        charts.append(svg.lines(_spoken(key), [curve for curve in curves if len(curve.x)]))
+        linear = False if key.endswith("accuracy") else None
+        charts.append(svg.lines(_spoken(key), [curve for curve in curves if len(curve.x)], logarithmic=linear))
     rates = [
         svg.Line(name, *_series(run.steps, "lr"), _RUN_COLOURS[number % len(_RUN_COLOURS)])
         for number, (run, name) in enumerate(zip(runs, names, strict=True))
@@ -119,6 +129,9 @@ def _health(run: Run, number: int) -> str:
         return '<p class="note">This run recorded no gradient health.</p>'
     steps = [float(line["step"]) for line in run.health]
     layers = list(dict.fromkeys(name for line in run.health for name in line["health"]))
+    weights = [name for name in layers if not name.rpartition(".")[2].startswith("bias")]
+    left_out = len(layers) - len(weights) if len(layers) > _MANY_ROWS and weights else 0
+    layers = weights if left_out else layers
     units = list(dict.fromkeys(name for line in run.health for name in line.get("units") or {}))
     charts = [
         svg.heat_map("norm of the gradient", layers, steps, _matrix(run.health, "health", layers, "grad_norm")),
@@ -141,7 +154,8 @@ def _health(run: Run, number: int) -> str:
         note = "A global batch far below it gains by more ranks; far above it they are wasted."
         curve = svg.Line("noise scale", *_series(run.health, "noise_scale"), _RUN_COLOURS[number % len(_RUN_COLOURS)])
         charts.append(svg.lines("gradient noise scale, in examples", [curve], note=note))
-    return "".join(charts)
+    remark = f'<p class="note">{left_out} biases are left out of these charts.</p>' if left_out else ""
+    return "".join(charts) + remark
 
 
 def _rates(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -275,7 +289,7 @@ def _table(columns: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         return '<p class="note">The folder says nothing about it.</p>'
     rows = []
     for key in keys:
-        values = ["–" if (value := column.get(key)) is None else str(value) for column in columns]
+        values = ["–" if (value := column.get(key)) in (None, "") else str(value) for column in columns]
         kind = ' class="differs"' if len(set(values)) > 1 else ""
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         rows.append(f"<tr{kind}><th>{escape(key)}</th>{cells}</tr>")
@@ -392,41 +406,3 @@ def _duration(seconds: float) -> str:
 
 def _swatch(number: int) -> str:
     return f'<i class="swatch" style="background:{_RUN_COLOURS[number % len(_RUN_COLOURS)]}"></i>'
-
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1c2330; --muted: #667085; --rule: #e1e5ec; --card: #f7f8fa;
-  --run0: #2563c9; --run1: #d9622b; --run2: #178a5b; --run3: #8a4bc4; --run4: #b8860b; --run5: #c2396b;
-  --phase0: #c9a227; --phase1: #2563c9; --phase2: #6c4bc4; --phase3: #d9622b; --phase4: #178a5b; --phase5: #5b8aa6;
-  --phase6: #98a2b3; --wrong: #c62828; --warn: #b26a00; --good: #178a5b; }
-@media (prefers-color-scheme: dark) { :root { --back: #12161d; --text: #e4e8ef; --muted: #97a1b3; --rule: #2b3340;
-  --card: #1a2029; --run0: #6ea3ff; --run1: #ff9a66; --run2: #4ccb95; --run3: #bd8cf2; --run4: #e0b83c; --run5: #f07aa5;
-  --phase0: #e0bf4a; --phase1: #6ea3ff; --phase2: #a48bf2; --phase3: #ff9a66; --phase4: #4ccb95; --phase5: #8fbdd6;
-  --phase6: #6b7688; --wrong: #ff7b72; --warn: #f0b45a; --good: #4ccb95; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 24px; }
-h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 32px 0 10px; }
-h3 { font-size: 15px; margin: 4px 0; } h4 { margin: 16px 0 4px; font-size: 14px; }
-section { border-top: 1px solid var(--rule); } section:first-of-type { border: 0; }
-table { border-collapse: collapse; font-size: 14px; } th, td { text-align: left; padding: 3px 18px 3px 0;
-  vertical-align: top; border-bottom: 1px solid var(--rule); } th { font-weight: 500; color: var(--muted); }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
-tr.differs td { color: var(--warn); font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 18px;
-  align-items: start; }
-.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(380px, 1fr); gap: 24px;
-  overflow-x: auto; }
-figure { margin: 0 0 6px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
-  padding: 10px 12px; }
-figcaption { font-size: 14px; font-weight: 600; margin-bottom: 4px; } svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--muted); font-size: 11px; } svg .grid { stroke: var(--rule); stroke-width: 1; fill: none; }
-svg .bad { fill: var(--wrong); stroke: var(--wrong); } svg rect.bad { stroke: none; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; margin-top: 4px; }
-.legend i, .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
-.legend i.dashed { background: none; height: 0; width: 16px; vertical-align: 4px; border-top: 2px dashed; }
-.note { color: var(--muted); font-size: 13px; margin: 6px 0; } pre { overflow-x: auto; font-size: 13px; }
-.state { padding: 1px 9px; border-radius: 9px; border: 1px solid currentColor; font-size: 13px; }
-.good, .fine { color: var(--good); } .busy { color: var(--run0); } .wrong { color: var(--wrong); }
-.warn { color: var(--warn); } .verdicts { padding-left: 20px; } .verdicts small { color: var(--muted); }
-"""

@@ -18,6 +18,7 @@ Numbers = NDArray[np.float64]
 WIDTH, HEIGHT = 560, 220  # of a chart, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
 _COLUMNS = 240  # of a heat map, and points of a line: a screen shows no more
+_CELLS = 6000  # of a heat map, about; each is 150 bytes
 _LADDER = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to light, in equal steps
 
 
@@ -81,7 +82,8 @@ def heat_map(
     """
     if not len(rows) or not len(steps):
         return _figure(title, _text(WIDTH / 2, 40, "no values", "middle"), 80)
-    columns = np.array_split(np.arange(len(steps)), min(len(steps), _COLUMNS))
+    count = min(len(steps), _COLUMNS, max(60, _CELLS // len(rows)))
+    columns = np.array_split(np.arange(len(steps)), count)
     ok = np.isfinite(values) & ((values > 0) | (not logarithmic))
     if not ok.any():
         what = "no value is finite" + " and more than 0" * logarithmic
@@ -277,7 +279,11 @@ def _text(x: float, y: float, text: str, anchor: str, full: str = "") -> str:
 
 
 def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+    """Without its middle if it is too long: layers are told apart by both ends."""
+    if len(name) <= length:
+        return name
+    head = (length - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - length :]}"
 
 
 def _number(value: float) -> str:

@@ -50,6 +50,7 @@ class Timeline:
     def __init__(self) -> None:
         self.spans: list[Span] | None = None  # of a profile under way
         self._nanoseconds = dict.fromkeys(PHASES, 0)
+        self._taken = dict(self._nanoseconds)
 
     def __call__(self, phase: str) -> _Timer:
         """A context whose time counts as that of `phase`."""
@@ -75,9 +76,13 @@ class Timeline:
 
     def take(self) -> dict[str, float]:
         """The seconds of each phase since the last call."""
-        seconds = {phase: value / 1e9 for phase, value in self._nanoseconds.items()}
-        self._nanoseconds = dict.fromkeys(PHASES, 0)
+        seconds = {phase: (value - self._taken[phase]) / 1e9 for phase, value in self._nanoseconds.items()}
+        self._taken = dict(self._nanoseconds)
         return seconds
+
+    def total(self, phase: str) -> float:
+        """The seconds of `phase` since the beginning."""
+        return self._nanoseconds[phase] / 1e9
 
     def take_all(self, comm: Communicator) -> dict[str, list[float]]:
         """`take()` of every rank: for each phase a list by rank. Collective."""

@@ -22,12 +22,13 @@ from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints
+from distprop.live import Plan, show_progress
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
-from distprop.progress import Progress, show_progress
+from distprop.progress import Progress
 from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
 from distprop.stopping import REPORT, Report, StopRequest, resume_forced
@@ -94,8 +95,8 @@ class Trainer:
         profile: record the time line of every rank in `trace.json` in `run_dir`, of the next so many steps of `fit`, or
             of 200 if True; Perfetto opens it, `distprop trace` sums it up.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
-            training on all.
-        progress: a live bar on rank 0's terminal, plain lines elsewhere.
+            training on all. One with a method `log` gets every line of `metrics.jsonl`, on rank 0: docs/insight.md.
+        progress: a live view on rank 0's terminal, plain lines elsewhere.
 
     Raises:
         ValueError: an argument out of range, or a `run_dir` that holds checkpoints of another run.
@@ -210,9 +211,11 @@ class Trainer:
         last_step = math.inf if steps is None else self._fit_began[1] + steps
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
         results: list[EpochResult] = []
-        self._metrics = MetricsFile(self.run_dir if self.comm.rank == 0 else None)
+        logs = [callback for callback in self.callbacks if hasattr(callback, "log")]
+        self._metrics = MetricsFile(self.run_dir, logs) if self.comm.rank == 0 else MetricsFile(None)
         noted = session(self.run_dir, self.comm, self._settings(dataset, epochs, steps))
-        progress_shown = show_progress(self._progress and self.comm.rank == 0, int(total))
+        plan = Plan(int(total), len(loader), self.epoch, self.batch)
+        progress_shown = show_progress(self._progress and self.comm.rank == 0, plan, self._timeline)
         with (
             noted,
             self._metrics,

@@ -2,6 +2,7 @@
 
     python examples/vanishing.py
     distprop run -n 2 examples/vanishing.py
+    distprop run -n 2 examples/vanishing.py --run-dir runs/vanishing    trains one too: distprop report runs/vanishing
 
 The table of chapter 5 of Nielsen's "Neural Networks and Deep Learning": the learning speed of each hidden layer of 30
 sigmoid units, the norm of its mean bias gradient over 1,000 MNIST images, before any training. Then what each remedy
@@ -13,7 +14,7 @@ import argparse
 import numpy as np
 
 import distprop as dp
-from distprop import data, nn
+from distprop import data, nn, optim
 from distprop import functional as F
 
 WIDTH = 30  # of every hidden layer
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder with MNIST's four IDX files")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--run-dir", help="train ten sigmoid layers as well, which hardly learn, and keep the run here")
     parser.add_argument("--figure", default="vanishing.svg", help="what to draw the tables into: .svg or .png")
     args = parser.parse_args()
     comm = dp.world()
@@ -121,6 +123,11 @@ def main() -> None:
         say(f"{name:<42}" + "  ".join(f"{norm:7.3g}" for norm in curves[name]))
     if comm.rank == 0:
         draw(curves, args.figure)
+    if args.run_dir:
+        model = network(10)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        trainer = dp.Trainer(model, F.cross_entropy, optimizer, batch_size=50, comm=comm, run_dir=args.run_dir)
+        trainer.fit(images, epochs=20)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CASES = [
         r"validation loss \d\.\d{4} over",
     ),
     ("resnet_cifar.py", ["--epochs", "1", "--batch-size", "25"], r"% of 10 test images are right"),
-    ("vanishing.py", ["--images", "100"], r"4 hidden, sigmoid .*\n(.*\n)+.*clipped to norm 1"),
+    ("vanishing.py", ["--images", "100", "--run-dir", "run"], r"4 hidden, sigmoid .*\n(.*\n)+.*norm 1(.*\n)+epoch 20 "),
     ("mnist.py", ["--epochs", "1"], r"% of 60 held-out images are right"),
     ("mnist.py", ["--recipe", "nielsen", "--epochs", "1", "--limit", "100"], r"% of \d+ held-out images are right"),
 ]

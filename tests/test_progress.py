@@ -1,17 +1,13 @@
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
 from distprop.metrics import MetricsFile, StepResult
-from distprop.progress import LiveBar, PlainLines, Progress, show_progress
+from distprop.progress import PlainLines
 
 
 def step(number=1, *, epoch=0, loss=0.5, examples=100, **metrics):
@@ -59,142 +55,9 @@ def test_steps_speak_up_only_after_a_while(capsys, monkeypatch):
     assert line.count("\n") == 1
 
 
-# which one
-
-
-class Terminal:
-    """A standard output that says it is a terminal."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def isatty(self):
-        return True
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def test_the_display_suits_standard_output(capsys, monkeypatch):
-    with show_progress(False, 3) as progress:
-        assert type(progress) is Progress
-        progress.step(step())
-        progress.epoch(0, 1.0, {}, {})
-    with show_progress(True, 3) as progress:
-        assert type(progress) is PlainLines
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
-    with show_progress(True, 3) as progress:
-        assert type(progress) is LiveBar
-
-
-def test_the_display_is_closed_when_training_raises(monkeypatch):
-    closed = []
-    monkeypatch.setattr(PlainLines, "close", lambda self: closed.append(self), raising=False)
-    with pytest.raises(KeyError), show_progress(True, 3):
-        raise KeyError
-    assert len(closed) == 1
-
-
-# LiveBar, on a real pseudo-terminal
-
-SCRIPT = """
-import numpy as np
-import distprop as dp
-from distprop import functional as F
-
-model = dp.nn.Linear(4, 3)
-rng = np.random.default_rng(0)
-data = dp.data.ArrayDataset(rng.standard_normal((30, 4)).astype(np.float32), rng.integers(0, 3, 30))
-trainer = dp.Trainer(model, F.cross_entropy, dp.optim.SGD(model.parameters(), lr=0.1), batch_size=7)
-{body}
-print("after")
-"""
-
-
-def on_terminal(body):
-    """Run a script with a pseudo-terminal for its output; returns (exit status, what the terminal was sent)."""
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    environment.pop("NO_COLOR", None)
-    program = SCRIPT.format(body=textwrap.dedent(body))
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    ) as process:
-        os.close(theirs)
-        received = b""
-        try:
-            while piece := os.read(ours, 65536):
-                received += piece
-        except OSError:  # Linux's way to say that the other side is closed
-            pass
-        finally:
-            os.close(ours)
-        status = process.wait(30)
-    return status, received.decode()
-
-
-def lines_of(text):
-    """What is left on the screen: without escape sequences, and without what was drawn over."""
-    text = text.replace("\r\n", "\n")
-    plain = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line) for line in text.split("\n")]
-    return [line.rsplit("\r", 1)[-1].rstrip() for line in plain if line.strip()]
-
-
-def test_the_bar_shows_training_and_leaves_the_terminal_as_it_was():
-    status, text = on_terminal("trainer.fit(data, epochs=3, validation=data)")
-    assert status == 0
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
-    lines = lines_of(text)
-    for number in (1, 2, 3):
-        assert sum(re.match(rf"epoch {number}  loss \d\.\d{{4}}  .*validation loss .* samples/s$", line) is not None
-                   for line in lines) == 1  # fmt: skip
-    assert lines[-1] == "after"
-    assert re.match(r"epoch 3 ━+ 15/15 loss \d\.\d{4} +accuracy \d+\.\d\d% .*samples/s", lines[-2])
-
-
-def test_the_finished_bar_shows_the_last_step():
-    body = """
-    seen = []
-    trainer.callbacks.append(seen.append)
-    trainer.fit(data, steps=9)
-    print(f"last {seen[-1].loss:.4f}")
-    """
-    status, text = on_terminal(body)
-    lines = lines_of(text)
-    assert status == 0
-    bar, last = lines[-3], lines[-2]
-    assert "9/9" in bar
-    assert f"loss {last.removeprefix('last ')} " in bar
-
-
-def test_the_bar_ends_before_an_error_is_shown():
-    status, text = on_terminal(
-        """
-        def fail(result):
-            if result.step == 4:
-                raise KeyError("in a callback")
-        trainer.callbacks.append(fail)
-        trainer.fit(data, epochs=3)
-        """
-    )
-    assert status == 1
-    assert text.rindex("\x1b[?25h") < text.index("Traceback")
-    assert "4/15" in text
-    assert "KeyError: 'in a callback'" in text
-
-
-def test_an_early_stop_and_nothing_to_do_are_no_trouble():
-    status, text = on_terminal(
-        """
-        trainer.fit(data, epochs=0)
-        trainer.callbacks.append(lambda result: result.step == 3)
-        trainer.fit(data, epochs=3)
-        """
-    )
-    assert status == 0
-    assert "3/15" in text
+def test_a_verdict_is_a_line_at_once(capsys):
+    PlainLines().verdict("gradients vanish; try ReLU")
+    assert capsys.readouterr().out == "distprop: gradients vanish; try ReLU\n"
 
 
 # MetricsFile
@@ -250,6 +113,28 @@ def test_a_reader_sees_a_run_that_is_still_going(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "monotonic", lambda: now + 1.5)
         file.write({"a": 2})
         assert read(tmp_path) == [{"a": 1}, {"a": 2}]
+
+
+def test_logs_get_the_same_lines_without_a_folder_too(tmp_path):
+    class Log:
+        lines, flushed = [], 0
+
+        def log(self, line):
+            self.lines.append(line)
+
+        def flush(self):
+            self.flushed += 1
+
+    for folder in (tmp_path, None):
+        log = Log()
+        log.lines = []
+        with MetricsFile(folder, [log]) as file:
+            file.write_step(step(7))
+            file.write({"step": 7, "epoch_loss": math.nan})
+        assert [line["step"] for line in log.lines] == [7, 7]
+        assert math.isnan(log.lines[1]["epoch_loss"])
+        assert log.flushed == 1
+    assert len(read(tmp_path)) == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

@@ -166,7 +166,8 @@ def test_the_command_writes_the_file_and_refuses_with_a_message(run_dir: Path, t
 # --- in a real browser
 
 MEASURE = """<script>
-const seen = {charts: 0, empty: 0, clipped: [], wide: document.documentElement.scrollWidth - innerWidth};
+const seen = {charts: 0, empty: 0, clipped: [], overlapping: []};
+seen.wide = document.documentElement.scrollWidth - innerWidth;
 for (const svg of document.querySelectorAll("svg")) {
   const frame = svg.getBoundingClientRect();
   seen.charts += 1;
@@ -176,6 +177,11 @@ for (const svg of document.querySelectorAll("svg")) {
     if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 2)
       seen.clipped.push(text.textContent);
   }
+  const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+  boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+    if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4) seen.overlapping.push([one, other]);
+  }));
 }
 document.title = JSON.stringify(seen);
 </script>"""
@@ -192,11 +198,54 @@ def console(answer: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in answer.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+def deep_run(tmp_path: Path, finite: bool) -> Path:
+    """50 layers of weight and bias with long names, with numbers that are all finite, or none."""
+    folder = tmp_path / f"deep-{finite}"
+    folder.mkdir()
+    lines: list[dict] = []
+    for number in range(1, 61):
+        names = [f"blocks.{k}.attention.projection.{part}" for k in range(50) for part in ("weight", "bias")]
+        norms = {n: 10.0 ** (-number - i / 10) if finite else None for i, n in enumerate(names)}
+        health = {
+            n: {"grad_norm": v, "weight_norm": v, "update_ratio": v, "bad": int(not finite)} for n, v in norms.items()
+        }
+        value = 1.0 / number if finite else None
+        units = {f"blocks.{k}": {"dead": value, "saturated": value} for k in range(50)}
+        lines += [{**step(number, value), "accuracy": value, "seconds": value}]
+        lines += [
+            {"step": number, "health": health, "units": units, "noise_scale": value, "seconds": {"compute": [value]}}
+        ]
+    write(folder, *lines, {"epoch": 0, "step": 60, "epoch_loss": value, "validation_loss": value})
+    return folder
+
+
+def test_a_deep_network_has_a_row_for_each_weight_with_both_ends_of_its_name(tmp_path: Path) -> None:
+    text = page([read_run(deep_run(tmp_path, finite=True))])
+    assert "50 biases are left out of these charts" in text
+    labels = re.findall(r'text-anchor="end">(blocks\.\d+\.[^<]*…[^<]*weight)<title>', text)
+    assert len(labels) == 3 * 50
+    assert len(set(labels)) == 50
+    assert len(text) < 4e6
+
+
+def test_a_run_of_nans_says_so_in_every_chart(tmp_path: Path) -> None:
+    text = page([read_run(deep_run(tmp_path, finite=False))])
+    assert "the loss was not finite in 60 of 60 steps, first in step 1" in text
+    assert "none of 61 values is finite" in text
+    assert text.count("no value is finite and more than 0") == 3
+    assert "not finite</td>" in text
+
+
+@pytest.mark.parametrize("which", ["one", "two", "deep", "nan"])
 def test_a_browser_lays_everything_out_without_a_complaint(
-    count: int, chromium: str, run_dir: Path, tmp_path: Path
+    which: str, chromium: str, run_dir: Path, tmp_path: Path
 ) -> None:
-    runs = [run_dir, other_run(tmp_path)][:count]
+    runs = {
+        "one": lambda: [run_dir],
+        "two": lambda: [run_dir, other_run(tmp_path)],
+        "deep": lambda: [deep_run(tmp_path, finite=True)],
+        "nan": lambda: [deep_run(tmp_path, finite=False), deep_run(tmp_path, finite=True)],
+    }[which]()
     text = page([read_run(run) for run in runs])
     target = tmp_path / "report.html"
     target.write_text(text.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
@@ -204,7 +253,7 @@ def test_a_browser_lays_everything_out_without_a_complaint(
     seen = json.loads(html.unescape(re.search(r"<title>(\{.*?\})</title>", answer.stdout)[1]))
     assert console(answer) == []
     assert seen["charts"] == text.count("<svg")
-    assert (seen["empty"], seen["clipped"], seen["wide"]) == (0, [], 0)
+    assert (seen["empty"], seen["clipped"], seen["overlapping"], seen["wide"]) == (0, [], [], 0)
 
 
 def test_the_picture_shows_the_curves_and_the_heat_map(chromium: str, run_dir: Path, tmp_path: Path) -> None:

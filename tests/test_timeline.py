@@ -43,11 +43,19 @@ def test_the_file_is_a_chrome_trace(ranks: int, options: dict, tmp_path: Path) -
         assert isinstance(event["pid"], int)
         assert isinstance(event["name"], str)
         if event["ph"] == "M":
-            assert event["name"] in ("process_name", "process_sort_index", "thread_name")
+            wanted = {
+                "process_name": {"name": str},
+                "process_sort_index": {"sort_index": int},
+                "thread_name": {"name": str},
+            }
+            assert {key: type(value) for key, value in event["args"].items()} == wanted[event["name"]]
         else:
             assert isinstance(event["tid"], int)
             assert event["ts"] >= 0
             assert event["dur"] >= 0
+    about = [(event["pid"], event["name"]) for event in tree["traceEvents"] if event["ph"] == "M"]
+    names = ("process_name", "process_sort_index", "thread_name")
+    assert about == [(rank, name) for rank in range(ranks) for name in names]
     for rank in range(ranks):
         of_rank = spans(tmp_path, rank)
         in_ns = [(round(e["ts"] * 1000), round(e["ts"] * 1000) + round(e["dur"] * 1000)) for e in of_rank]

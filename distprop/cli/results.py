@@ -1,4 +1,4 @@
-"""`distprop fingerprint`, `trace` and `report`: what the folder of a run says."""
+"""`distprop fingerprint`, `trace`, `report` and `export`: what the folder of a run says."""
 
 from __future__ import annotations
 
@@ -74,3 +74,34 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     except (RunDirError, OSError) as error:
         raise Refusal(str(error)) from error
     click.echo(f"{target}: {len(html) / 1e3:,.0f} kB")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="A row for each step; - prints.")
+@click.option("--tensorboard", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Event files, in DIR.")
+def export(run: Path, table: Path | None, folder: Path | None) -> None:
+    """Write what metrics.jsonl of RUN says, all its numbers, as a table in CSV or for TensorBoard.
+
+    For TensorBoard while a run is going, give the Trainer callbacks=[distprop.tensorboard.TensorBoard(DIR)].
+    """
+    from distprop import tensorboard
+    from distprop.logs import write_csv
+    from distprop.rundir import RunDirError, read_run
+
+    if table is None and folder is None:
+        raise click.UsageError("Say what to write: --csv FILE, --tensorboard DIR, or both.")
+    try:
+        found = read_run(run)
+        if folder is not None:
+            click.echo(f"{folder}: {tensorboard.export(found, folder):,} events")
+        if table == Path("-"):
+            write_csv(found, sys.stdout)
+        elif table is not None:
+            with table.open("w", encoding="utf-8", newline="") as file:
+                rows = write_csv(found, file)
+            click.echo(f"{table}: {rows:,} rows")
+    except (RunDirError, OSError, ImportError) as error:
+        raise Refusal(str(error)) from error
+    for remark in found.remarks:
+        click.echo(f"distprop: {remark}", err=True)
