@@ -24,10 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from distprop import host_probe
 from distprop import hosts as other_hosts
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
+from distprop.hosts import probe
 from distprop.stopping import STATUS, TRAINING, Watch
 from distprop.witness import Witness
 
@@ -151,9 +151,8 @@ def _plan_hosts(
         flags = ["-n", str(cluster.ranks), *other_hosts.hydra_flags(cluster, variables)]
     command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
     description = f"{_count(cluster.ranks, 'rank')} on {cluster}, {library.name}, {threads} each"
-    return Job(
-        cluster.ranks, tuple(command), environment, description, "; ".join(cluster.advice), launcher, cluster.hosts
-    )
+    advice = "; ".join([*cluster.crowded, *cluster.clocks])
+    return Job(cluster.ranks, tuple(command), environment, description, advice, launcher, cluster.hosts)
 
 
 def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout: IO[str] | None = None) -> int:
@@ -299,7 +298,7 @@ _OPEN_MPI_FOLDERS = (
 
 def _may_read_peers() -> bool:
     code = "import runpy, sys; sys.exit(not runpy.run_path(sys.argv[1])['may_read_other_processes']())"
-    command = [sys.executable, "-I", "-S", "-c", code, host_probe.__file__]
+    command = [sys.executable, "-I", "-S", "-c", code, probe.__file__]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

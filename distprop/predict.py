@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from distprop.bench.cluster import Measured
     from distprop.bench.workload import Workload
     from distprop.comm import Communicator
+    from distprop.hosts import Host
 
 ASSUMED_NETWORK = "10gbit,50us"  # where one host was measured and no network named
 
@@ -67,31 +69,33 @@ class Question:
         return measure(comm, workload, batch)
 
 
-def measure_here(question: Question, ranks: int | None) -> Measured | None:
-    """Measure on `ranks` ranks of this host; by default one for each core, or one alone if there is no MPI.
+def measure_here(question: Question, ranks: int | None, hosts: Sequence[Host] = ()) -> Measured | None:
+    """Measure on `hosts`, or on `ranks` ranks of this one: by default one for each core, or one alone without MPI.
 
     Raises:
         ValueError: the ranks could not be started, or did not come to an end.
+        HostsError: the hosts cannot run them.
     """
     from distprop.bench.cluster import Measured
     from distprop.comm import SoloCommunicator
     from distprop.comm.mpi import MPIMissingError
     from distprop.launch import LaunchError, allowed_cores, ask, plan
 
-    wanted = ranks if ranks is not None else allowed_cores()
-    if wanted == 1:
+    wanted = ranks if ranks is not None or hosts else allowed_cores()
+    if wanted == 1 and not hosts:
         return question.measure(SoloCommunicator())
     try:
-        job = plan(wanted, ["distprop", "predict", *question.words()], module=True)
+        program, files = ["distprop", "predict", *question.words()], [str(question.config)] * bool(question.config)
+        job = plan(wanted, program, module=True, hosts=hosts, files=files)
     except (LaunchError, MPIMissingError) as error:
-        if ranks is not None:
+        if ranks is not None or hosts:
             raise ValueError(str(error)) from error
         print(f"distprop: measuring one rank alone, because {error}", file=sys.stderr)
         return question.measure(SoloCommunicator())
     print(f"distprop: measuring on {job.description}", file=sys.stderr, flush=True)
     status, line = ask(job)
     if status or not line:
-        raise ValueError(f"the measurement on {wanted} ranks ended with status {status}")
+        raise ValueError(f"the measurement on {job.ranks} ranks ended with status {status}")
     return Measured.from_json(line)
 
 

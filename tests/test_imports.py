@@ -22,7 +22,7 @@ FLOORS = [
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "metrics", "progress", "run_checkpoints", "rundir", "stopping"}
     | {"timeline", "train"},
-    {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
+    {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
     {"forecast", "predict", "doctor", "report", "svg", "trace"},
     {"cli", "__main__"},
 ]
