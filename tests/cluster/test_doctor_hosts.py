@@ -1,4 +1,4 @@
-"""`distprop doctor --hosts` and `distprop predict --hosts` on real hosts: what is found, and links that are measured."""
+"""`distprop doctor --hosts` and `distprop predict --hosts` on real hosts: what is found, what is measured."""
 
 from __future__ import annotations
 
