@@ -24,10 +24,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from distprop import host_probe, slurm
 from distprop import hosts as other_hosts
+from distprop import slurm
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
+from distprop.hosts import probe
 from distprop.panel import RESTORE
 from distprop.stopping import STATUS, TRAINING, Watch
 from distprop.witness import Witness
@@ -160,9 +161,8 @@ def _plan_hosts(
         flags = ["-n", str(cluster.ranks), *other_hosts.hydra_flags(cluster, variables)]
     command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
     description = f"{_count(cluster.ranks, 'rank')} on {cluster}, {library.name}, {threads} each"
-    return Job(
-        cluster.ranks, tuple(command), environment, description, "; ".join(cluster.advice), launcher, cluster.hosts
-    )
+    advice = "; ".join([*cluster.crowded, *cluster.clocks])
+    return Job(cluster.ranks, tuple(command), environment, description, advice, launcher, cluster.hosts)
 
 
 def _plan_allocation(
@@ -187,11 +187,11 @@ def _plan_allocation(
     environment |= {"SLURM_EXPORT_ENV": "ALL"}  # for the launcher's own srun, even in a job with --export=NONE
     environment |= launcher_environment(library, ranks, ranks - crowded, reads_peers)
     if library.vendor == "openmpi":
-        fabric = bool(host_probe.fabric())
+        fabric = bool(probe.fabric())
         flags = _open_mpi_flags(_major(library.version), ranks, crowded, reads_peers, fabric)
         if nodes > 1 and not fabric and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
             # Every node's docker0 has the same address, by which no node is reached: it would wait for ever.
-            flags += _mca("btl_tcp_if_exclude", ",".join(["127.0.0.0/8", *host_probe.bridges()]))
+            flags += _mca("btl_tcp_if_exclude", ",".join(["127.0.0.0/8", *probe.bridges()]))
     else:
         flags = ["-n", str(ranks)]
     command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
@@ -344,7 +344,7 @@ _OPEN_MPI_FOLDERS = (
 
 def _may_read_peers() -> bool:
     code = "import runpy, sys; sys.exit(not runpy.run_path(sys.argv[1])['may_read_other_processes']())"
-    command = [sys.executable, "-I", "-S", "-c", code, host_probe.__file__]
+    command = [sys.executable, "-I", "-S", "-c", code, probe.__file__]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

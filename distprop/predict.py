@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from distprop.bench.cluster import Measured
     from distprop.bench.workload import Workload
     from distprop.comm import Communicator
+    from distprop.hosts import Host
 
 ASSUMED_NETWORK = "10gbit,50us"  # where one host was measured and no network named
 
@@ -67,13 +69,14 @@ class Question:
         return measure(comm, workload, batch)
 
 
-def measure_here(question: Question, ranks: int | None) -> Measured | None:
-    """Measure on `ranks` ranks of this host; by default one for each core, or one alone if there is no MPI.
+def measure_here(question: Question, ranks: int | None, hosts: Sequence[Host] = ()) -> Measured | None:
+    """Measure on `hosts`, or on `ranks` ranks of this one: by default one for each core, or one alone without MPI.
 
     In a Slurm job on its nodes, by default on all its slots.
 
     Raises:
         ValueError: the ranks could not be started, or did not come to an end.
+        HostsError: the hosts cannot run them.
     """
     from distprop import slurm
     from distprop.bench.cluster import Measured
@@ -81,13 +84,14 @@ def measure_here(question: Question, ranks: int | None) -> Measured | None:
     from distprop.comm.mpi import MPIMissingError
     from distprop.launch import LaunchError, allowed_cores, ask, plan
 
-    wanted = ranks if ranks is not None or slurm.job_name() else allowed_cores()
-    if wanted == 1:
+    wanted = ranks if ranks is not None or hosts or slurm.job_name() else allowed_cores()
+    if wanted == 1 and not hosts:
         return question.measure(SoloCommunicator())
     try:
-        job = plan(wanted, ["distprop", "predict", *question.words()], module=True)
+        program, files = ["distprop", "predict", *question.words()], [str(question.config)] * bool(question.config)
+        job = plan(wanted, program, module=True, hosts=hosts, files=files)
     except (LaunchError, MPIMissingError) as error:
-        if ranks is not None:
+        if ranks is not None or hosts:
             raise ValueError(str(error)) from error
         print(f"distprop: measuring one rank alone, because {error}", file=sys.stderr)
         return question.measure(SoloCommunicator())

@@ -1,4 +1,4 @@
-"""Hosts of a job: how they are named, how many ranks each gets, and why one of them cannot take part.
+"""Hosts of a job: why one of them cannot take part, what MPI is told of them, and what is left there.
 
 `ssh` is played here by a script on PATH, for the words of a message; tests/cluster has real hosts and the real ssh.
 """
@@ -17,84 +17,16 @@ from pathlib import Path
 import pytest
 
 from distprop import hosts, launch
-from distprop.hosts import Host, HostsError
+from distprop.hosts import Host, HostsError, compatibility, network, session
 from test_launch import needs_mpi
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("a:2,b:2", [Host("a", 2), Host("b", 2)]),
-        ("a, b", [Host("a", 1), Host("b", 1)]),
-        ("a:2,b,a", [Host("a", 3), Host("b", 1)]),
-        ("node-1.example.org:16", [Host("node-1.example.org", 16)]),
-    ],
-)
-def test_hosts_with_their_slots(text: str, wanted: list[Host]) -> None:
-    assert hosts.parse_hosts(text) == wanted
-
-
-@pytest.mark.parametrize(
-    "name", ["-oProxyCommand=id", "a;id", "a b", "$(id)", "a:", "a:x", "a:-1", "", "a,,b", "a:2:3"]
-)
-def test_what_is_no_host_is_refused_before_ssh_sees_it(name: str) -> None:
-    with pytest.raises(HostsError, match="is not a host; expected NAME, NAME:SLOTS or NAME slots=SLOTS"):
-        hosts.parse_hosts(name)
-
-
-def test_a_user_and_no_slots_are_refused_with_what_to_do() -> None:
-    with pytest.raises(HostsError, match=r"'me@a:2'.*~/\.ssh/config"):
-        hosts.parse_hosts("me@a:2")
-    with pytest.raises(HostsError, match="1 rank or more"):
-        hosts.parse_hosts("a:0")
-
-
-def test_a_hostfile_is_open_mpis_or_mpichs(tmp_path: Path) -> None:
-    path = tmp_path / "hosts"
-    path.write_text("# the cluster\n\na slots=2 # fast\n  b:3\nc\nd slots = 4 max_slots=8\n")
-    assert hosts.read_hostfile(path) == [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 4)]
-
-
-def test_the_list_of_a_pbs_job_is_a_hostfile(tmp_path: Path) -> None:
-    path = tmp_path / "nodefile"
-    path.write_text("node1\nnode1\nnode2\nnode2\n")
-    assert hosts.read_hostfile(path) == [Host("node1", 2), Host("node2", 2)]
-
-
-@pytest.mark.parametrize("line", ["b slot=2", "b slots=two", "b 2", "b:2 slots=3", "-b", "b slots=2 c", "b slots="])
-def test_a_typing_error_in_a_hostfile_is_named_with_its_line(line: str, tmp_path: Path) -> None:
-    path = tmp_path / "hosts"
-    path.write_text(f"a slots=2\n\n{line}\n")
-    with pytest.raises(HostsError, match=r"hosts, line 3: .* is not a host; expected"):
-        hosts.read_hostfile(path)
-
-
-def test_a_hostfile_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostsError, match=r"cannot read .*missing: No such file"):
-        hosts.read_hostfile(tmp_path / "missing")
-    (tmp_path / "empty").write_text("# nobody\n")
-    with pytest.raises(HostsError, match="names no host"):
-        hosts.read_hostfile(tmp_path / "empty")
-
-
-def test_ranks_fill_the_hosts_in_their_order() -> None:
-    two = [Host("a", 2), Host("b", 2)]
-    assert hosts.allot(two, None) == two
-    assert hosts.allot(two, 3) == [Host("a", 2), Host("b", 1)]
-    assert hosts.allot(two, 2) == [Host("a", 2)]
-
-
-def test_more_ranks_than_slots_says_how_many_there_are_and_how_to_oversubscribe() -> None:
-    with pytest.raises(HostsError, match=r"-n 5: the hosts have 4 slots \(a:2,b:2\).*oversubscribe.*--hosts a:3,b:3"):
-        hosts.allot([Host("a", 2), Host("b", 2)], 5)
 
 
 def test_one_network_for_all_is_preferred_to_the_fastest_of_each() -> None:
     fast = {"name": "ib0", "subnet": "10.9.0.0/16"}
     lan, other_lan = {"name": "eth0", "subnet": "10.0.0.0/24"}, {"name": "eno1", "subnet": "10.0.0.0/24"}
-    assert hosts._common([[fast, lan], [lan]]) == (("10.0.0.0/24",), "eth0")
-    assert hosts._common([[lan], [other_lan]]) == (("10.0.0.0/24",), None)
-    assert hosts._common([[lan], [fast]]) == (("10.0.0.0/24", "10.9.0.0/16"), None)
+    assert network._common([[fast, lan], [lan]]) == (("10.0.0.0/24",), "eth0")
+    assert network._common([[lan], [other_lan]]) == (("10.0.0.0/24",), None)
+    assert network._common([[lan], [fast]]) == (("10.0.0.0/24", "10.9.0.0/16"), None)
 
 
 def test_only_variables_that_matter_go_to_other_hosts() -> None:
@@ -123,8 +55,8 @@ FACTS = {
 
 
 def test_a_host_that_has_the_same_can_take_part() -> None:
-    assert hosts._difference(FACTS, FACTS, 4) == ""
-    assert hosts._difference(FACTS, {**FACTS, "python": "3.11.9"}, 4) == ""
+    assert compatibility._difference(FACTS, FACTS, 4) == ""
+    assert compatibility._difference(FACTS, {**FACTS, "python": "3.11.9"}, 4) == ""
 
 
 @pytest.mark.parametrize(
@@ -141,7 +73,7 @@ def test_a_host_that_has_the_same_can_take_part() -> None:
     ],
 )
 def test_what_differs_on_a_host_is_said(other: dict[str, object], reason: str) -> None:
-    assert re.search(reason, hosts._difference(FACTS, {**FACTS, **other}, 4))
+    assert re.search(reason, compatibility._difference(FACTS, {**FACTS, **other}, 4))
 
 
 SSH = """#!/bin/sh
@@ -166,11 +98,11 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text(SSH)
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(Path(hosts.__file__).parent.parent))
-    monkeypatch.setattr(hosts, "_is_here", lambda name: False)
-    monkeypatch.setattr(hosts, "_identity", lambda facts: object())
-    monkeypatch.setattr(hosts, "_network", lambda *facts: (("10.0.0.0/24",), "eth0"))
-    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 20.0)
+    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parent.parent))
+    monkeypatch.setattr(session, "_is_here", lambda name: False)
+    monkeypatch.setattr(compatibility, "_identity", lambda facts: object())
+    monkeypatch.setattr(compatibility, "find_network", lambda *facts: (network.Network(("10.0.0.0/24",), "eth0"), {}))
+    monkeypatch.setattr(session, "ANSWER_SECONDS", 20.0)
 
 
 @needs_mpi
@@ -180,7 +112,7 @@ def test_hosts_that_fit_are_a_cluster_whose_cores_are_shared_by_the_ranks() -> N
     cluster = hosts.check([Host("a", cores), Host("b", 1)], [__file__])
     assert (cluster.ranks, cluster.threads, cluster.oversubscribed) == (cores + 1, 1, True)
     assert str(cluster) == f"a:{cores}, b:1 over eth0"
-    assert cluster.advice == (
+    assert cluster.crowded == (
         f"a, b are one machine, where {cores + 1} ranks share {_cores(cores)}: correct, but slow",
     )
 
@@ -204,7 +136,7 @@ def test_every_host_that_fails_is_named_with_its_reason_and_what_to_do() -> None
 
 @pytest.mark.usefixtures("ssh")
 def test_a_host_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(session, "ANSWER_SECONDS", 1.0)
     assert hosts.alive([Host("slow")]) == []
 
 
@@ -278,12 +210,14 @@ def test_open_mpi_is_told_the_hosts_their_network_and_what_to_pass_on() -> None:
     flags = " ".join(hosts.open_mpi_flags(CLUSTER, 5, ["HOME", "DISTPROP_SIZE"], mca))
     assert flags == (
         "--host a:2,b:1 --prtemca plm_ssh_no_tree_spawn 1 --mca btl_tcp_if_include 10.0.0.0/24 "
-        "--prtemca prte_if_include 10.0.0.0/24 -x DISTPROP_SIZE"
+        "--prtemca prte_if_include 10.0.0.0/24 --mca btl_tcp_eager_limit 4198400 --mca btl_tcp_max_send_size 4198400 "
+        "-x DISTPROP_SIZE"
     )
     flags = " ".join(hosts.open_mpi_flags(CLUSTER, 4, ["DISTPROP_SIZE"], mca))
     assert flags == (
         "--host a:2,b:1 --mca plm_rsh_no_tree_spawn 1 --mca btl_tcp_if_include 10.0.0.0/24 "
-        "--mca oob_tcp_if_include 10.0.0.0/24 -x DISTPROP_SIZE"
+        "--mca oob_tcp_if_include 10.0.0.0/24 --mca btl_tcp_eager_limit 4198400 --mca btl_tcp_max_send_size 4198400 "
+        "-x DISTPROP_SIZE"
     )
 
 
@@ -295,5 +229,5 @@ def test_hydra_is_told_the_same() -> None:
 
 def test_a_fast_fabric_is_left_to_the_library() -> None:
     fabric = replace(CLUSTER, fabric=True)
-    assert "btl_tcp_if_include" not in hosts.open_mpi_flags(fabric, 5, [], mca)
+    assert "btl_tcp" not in " ".join(hosts.open_mpi_flags(fabric, 5, [], mca))
     assert hosts.hydra_environment(fabric) == {}

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from distprop import comm, config, host_probe, job, launch, restart, slurm, stopping
+from distprop import comm, config, job, launch, restart, slurm, stopping
 from distprop.comm import SoloCommunicator
 from distprop.comm.mpi import Library
+from distprop.hosts import probe
 from distprop.rundir import read_sessions
 from test_cli_run import distprop
 
@@ -115,8 +116,8 @@ def use(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
     launcher = launch.Launcher(Path("/opt/mpi/bin/mpirun"), library.vendor, library.version)
     monkeypatch.setattr(launch, "find_launcher", lambda library: launcher)
     monkeypatch.setattr(launch, "_may_read_peers", lambda: True)
-    monkeypatch.setattr(host_probe, "fabric", lambda: False)
-    monkeypatch.setattr(host_probe, "bridges", lambda: ["docker0"])
+    monkeypatch.setattr(probe, "fabric", lambda: False)
+    monkeypatch.setattr(probe, "bridges", lambda: ["docker0"])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
 
@@ -143,7 +144,7 @@ def test_an_interface_that_the_user_names_is_left_alone(script: str, monkeypatch
 def test_with_a_fast_network_open_mpi_finds_it(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_job(monkeypatch)
     use(monkeypatch, OPEN_MPI)
-    monkeypatch.setattr(host_probe, "fabric", lambda: True)
+    monkeypatch.setattr(probe, "fabric", lambda: True)
     assert not {"btl", "pml", "btl_tcp_if_exclude"} & set(launch.plan(None, [script]).command)
 
 

@@ -8,23 +8,27 @@ from typing import Any
 
 import click
 
-from distprop.cli.start import SIZES, Refusal, parse_widths
+from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Refusal, Where, parse_widths
 
 
 @click.command("doctor")
-@click.option("-n", "--ranks", type=click.IntRange(1), metavar="N", help="Start N ranks of this host, and measure.")
+@click.option("-n", "--ranks", type=click.IntRange(1), metavar="N", help="Start N ranks, and measure.")
+@HOSTS
+@HOSTFILE
 @click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor_command(ranks: int | None, run_dir: Path, as_json: bool) -> None:
+def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, run_dir: Path, as_json: bool) -> None:
     """Look at MPI, BLAS and this machine, and say what to do about what is amiss.
 
-    The exit status is 1 if something fails. Under mpirun or srun it looks at all their ranks and hosts.
+    With -n N or with hosts it starts ranks, which look at their hosts and time their messages. The exit status is 1 if
+    something fails. Under mpirun or srun it looks at all their ranks and hosts.
     """
     from distprop.comm import LauncherMismatchError, SoloCommunicator, started_by, world
-    from distprop.doctor import check, check_host, check_job, show, to_json, worst
+    from distprop.doctor import check_host, check_job, examine, show, to_json, worst
+    from distprop.hosts import HostsError
 
     asked = started_by()[0] == "distprop run"  # by another doctor, which shows what is found and has the exit status
-    if started_by()[1] > 1:
+    if asked or started_by()[1] > 1:
         try:
             comm = world()
             findings = check_job(comm, run_dir)
@@ -33,7 +37,10 @@ def doctor_command(ranks: int | None, run_dir: Path, as_json: bool) -> None:
         if comm.rank:
             sys.exit(not asked and worst(findings) == "fail")
     else:
-        findings = check(run_dir, ranks)
+        try:
+            findings = examine(run_dir, ranks, Where(hosts, hostfile).read())
+        except HostsError as error:
+            raise Refusal(str(error)) from error
     if as_json:
         click.echo(to_json(findings))
     else:
@@ -54,24 +61,35 @@ def doctor_command(ranks: int | None, run_dir: Path, as_json: bool) -> None:
 @click.option("--within", metavar="RATE,LATENCY", help="Between the ranks of a host, instead of measuring.")
 @click.option("--step-time", metavar="TIME", help="A step of one rank without messages, as in 5ms.")
 @click.option("--ranks-per-host", type=click.IntRange(1), metavar="R", help="As many as were measured by default.")
-@click.option("-n", "--ranks", type=int, metavar="N", help="Measure on N ranks of this host; one a core by default.")
+@click.option("-n", "--ranks", type=int, metavar="N", help="Measure on N ranks; one a core of this host by default.")
+@HOSTS
+@HOSTFILE
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the speed-up into FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--measure", "only_measure", is_flag=True, hidden=True)
 def predict_command(
-    sizes: str, ranks: int | None, svg: Path | None, as_json: bool, only_measure: bool, **options: Any
+    sizes: str,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    svg: Path | None,
+    as_json: bool,
+    only_measure: bool,
+    **options: Any,
 ) -> None:
     """Predict step time and efficiency on 1 to 4,096 ranks, for a network of --sizes or of the TOML file CONFIG.
 
-    It measures a step and Allreduce first, in less than a minute. Under mpirun or srun it measures on their ranks.
+    It measures a step and Allreduce first, in less than a minute: here, or with --hosts on these and between them.
+    Under mpirun or srun it measures on their ranks.
     """
     from distprop.comm import started_by, world
     from distprop.config import ConfigError
+    from distprop.hosts import HostsError
     from distprop.predict import Question, answer, measure_here, show
 
     try:
         question = Question(widths=tuple(parse_widths(sizes)), **options)
-        if started_by()[1] > 1:
+        if only_measure or started_by()[1] > 1:
             measured = question.measure(world())
             if only_measure and world().rank == 0:
                 click.echo(measured.to_json())
@@ -79,12 +97,14 @@ def predict_command(
                 return
             found = answer(question, measured)
         else:
-            found = answer(question, None if question.is_told_everything else measure_here(question, ranks))
+            where = Where(hosts, hostfile).read()
+            told = question.is_told_everything and not where
+            found = answer(question, None if told else measure_here(question, ranks, where))
         if svg:
             from distprop.chart import as_svg
 
             svg.write_text(as_svg(f"{found.name}, {found.batch:,} rows, {found.scaling} scaling", found.points()))
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, HostsError, OSError, ValueError) as error:
         raise Refusal(str(error)) from error
     if as_json:
         click.echo(found.to_json())

@@ -37,21 +37,24 @@ def missing(what: str) -> None:
 def built(docker_compose: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
     """The image that docker-compose.yml uses."""
     compose = Compose(docker_compose, "distprop-build", tmp_path_factory.mktemp("build"))
-    compose.check("build", "launcher")
+    compose.check("build", "setup")
 
 
-@pytest.fixture
-def compose(built: None, docker_compose: tuple[str, ...], tmp_path: pathlib.Path) -> Iterator[Compose]:
-    """The demonstration as it is, with results in a folder of the test."""
-    (tmp_path / "runs").mkdir()
-    compose = Compose(docker_compose, f"distprop-demo-{os.getpid()}", tmp_path, ("runs.yml",))
+@pytest.fixture(scope="module")
+def compose(
+    built: None, docker_compose: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Compose]:
+    """The demonstration as it is, with results in a folder of the tests."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "runs").mkdir()
+    compose = Compose(docker_compose, f"distprop-demo-{os.getpid()}", folder, ("runs.yml",))
     yield compose
     compose.check("down", "--volumes", "--timeout", "1")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts(built: None, docker_compose: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Four hosts with every MPI, up for the tests of a module."""
+    """Four hosts with every MPI, up for all tests that type commands there."""
     build_image("distprop-build", ROOT / "launch/Dockerfile", "--target", "build")
     build_image("distprop-mpis", HERE / "Dockerfile")
     folder = tmp_path_factory.mktemp("hosts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import textwrap
 import time
@@ -19,13 +20,18 @@ from mpi4py import MPI
 from distprop.comm import world
 comm = world()
 total = comm.allreduce(np.full(1_000_000, comm.rank + 1.0, np.float32))
+gradient = comm.allocate(1000, np.float32)
+gradient[:] = comm.rank + 1
+comm.allreduce(gradient)
+together = len(comm.node.arrays(gradient)) if comm.node else 1  # ranks that sum it in memory of their host
 host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
 window = MPI.Win.Allocate_shared(8, 8, comm=host)
 np.frombuffer(window.Shared_query(host.rank)[0])[0] = 10 + comm.rank
 window.Fence()
 of_host = [float(np.frombuffer(window.Shared_query(rank)[0])[0]) for rank in range(host.size)]
 print("report " + json.dumps({
-    "rank": comm.rank, "size": comm.size, "total": float(total[-1]), "host": os.uname().nodename, "shared": of_host,
+    "rank": comm.rank, "size": comm.size, "total": float(total[-1]),
+    "gradient": float(gradient[-1]), "together": together, "host": os.uname().nodename, "shared": of_host,
     "folder": os.getcwd(), "user": os.getuid(),
     "variables": {name: os.getenv(name) for name in ("DISTPROP_TIMEOUT", "OMP_NUM_THREADS", "MKL_X", "PYTHONPATH")},
 }))
@@ -63,9 +69,11 @@ def test_ranks_run_where_they_are_told_with_what_they_need(mpi: str, hosts: Host
     reports.sort(key=lambda report: report["rank"])
     assert [report["host"] for report in reports] == ["node2", "node2", "node1", "node1", "node4"]
     assert [report["shared"] for report in reports] == [[10, 11]] * 2 + [[12, 13]] * 2 + [[14]]
+    assert [report["together"] for report in reports] == [2, 2, 2, 2, 1]
     wanted = {"DISTPROP_TIMEOUT": "77", "OMP_NUM_THREADS": "1", "MKL_X": "a b", "PYTHONPATH": "/work/scripts"}
     for report in reports:
-        assert (report["size"], report["total"], report["folder"], report["user"]) == (5, 15.0, "/work", 1000)
+        assert (report["size"], report["total"], report["gradient"]) == (5, 15.0, 15.0)
+        assert (report["folder"], report["user"]) == ("/work", 1000)
         assert report["variables"] == wanted
     assert "rror" not in done.stderr  # such as of copies between processes, which containers forbid
 
@@ -109,8 +117,7 @@ def test_a_rank_that_raises_ends_the_job_on_all_hosts(mpi: str, hosts: Hosts) ->
     with start(hosts, mpi, "3") as job:
         _, complaint = job.communicate(timeout=30)
     assert job.returncode == 1
-    assert "rank 3 of 4 on node3 failed" in complaint
-    assert "ValueError: boom" in complaint
+    assert "rank 3 of 4 on node3, start: ValueError: boom; ending the job" in complaint
     assert wait_until(lambda: not hosts.left()), hosts.left()
 
 
@@ -192,6 +199,41 @@ def test_every_host_that_cannot_take_part_is_named_with_its_reason(hosts: Hosts)
     assert "nowhere: ssh: Could not resolve hostname nowhere" in said
     assert "setup: ssh: connect to host setup port 2222: Connection refused" in said
     assert hosts.distprop("run", "--hosts", ",".join(NODES), "scripts/report.py").returncode == 0
+
+
+PRETEND = "/opt/distprop/lib/python3.11/site-packages/sitecustomize.py"  # which Python runs when it starts
+
+
+def test_hosts_with_another_python_or_package_are_named_and_a_wrong_clock_is_mentioned(hosts: Hosts) -> None:
+    for name, source in {
+        "node1": "import time; real = time.time; time.time = lambda: real() - 60",
+        "node2": "import platform; platform.python_version = lambda: '3.12.1'",
+        "node3": "import numpy; numpy.__version__ = '2.0.0'",
+        "node4": "import sys; sys.modules['distprop'] = None",
+    }.items():
+        command = ["sh", "-c", f'echo "$0" > {PRETEND}', source]
+        assert hosts.on(name, *command, options=["-u", "root"]).returncode == 0
+    try:
+        said = refusal(hosts, "--hosts", "node1,node2,node3,node4", "scripts/report.py")
+        alone = hosts.distprop("run", "--hosts", "node1", "scripts/report.py")
+    finally:
+        for name in NODES:
+            hosts.on(name, "rm", PRETEND, options=["-u", "root"])
+    assert "3 of 4 hosts cannot run the job" in said
+    assert "node2: /opt/distprop/bin/python is Python 3.12.1 there and 3.11.2 here" in said
+    assert "node3: numpy is 2.0.0 there and " in said
+    assert "node4: distprop cannot be used by /opt/distprop/bin/python there: ModuleNotFoundError" in said
+    assert alone.returncode == 0, alone.stderr
+    assert re.search(r"node1: its clock is (59|60|61) s behind", alone.stderr), alone.stderr
+
+
+def test_a_run_directory_of_each_host_is_refused_where_another_may_have_to_go_on(hosts: Hosts) -> None:
+    settings = ["--set", "train.run_dir=/tmp/a-run", "--set", "train.epochs=1"]
+    command = ["train", "--hosts", "node1,node2", "--max-restarts", "1", *settings, "examples/digits.toml"]
+    done = hosts.distprop(*command)
+    assert done.returncode not in (0, None), done.stderr
+    assert "/tmp/a-run/checkpoints must be one folder for all hosts, but node1, where rank 0 is" in done.stderr
+    assert "put it on a file system that the hosts share" in done.stderr
 
 
 def test_a_script_and_a_folder_must_be_on_every_host(hosts: Hosts) -> None:

@@ -42,6 +42,15 @@ def test_communicator_of_several_nodes(ranks_per_node):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_what_crosses_a_network_is_summed_in_pieces(ranks_per_node, monkeypatch):
+    monkeypatch.setattr(mpi, "EAGER_BYTES", 64)
+    comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
+    for parameter in suite.under_mpi():
+        parameter.values[0](comm)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_ranks_of_one_node_share_their_messages(comm):
     assert len(comm.node.arrays(comm.allocate(10, np.float32))) == comm.size
 
