@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 
 from distprop.bench.links import measure_links, time_together
-from distprop.bench.workload import LONG_SECONDS, Workload, time_alone
-from distprop.comm import Communicator
+from distprop.bench.workload import Workload, time_alone
+from distprop.comm import Communicator, SoloCommunicator
 from distprop.cost import Link
 
-LONGEST_PAUSE_SECONDS = 0.02
+LINK_SECONDS = 4.0  # for one size; a network's times scatter more than a processor's
+LONGEST_BEFORE_SECONDS = 0.2  # a step that takes longer is not made before each message
 LONGEST_CHECK_SECONDS = 4.0  # a real step that takes longer is not made
 
 
@@ -49,12 +50,13 @@ def measure(comm: Communicator, workload: Workload, batch: int, host: str | None
     """Measure with `batch` rows on each rank. Collective; `host` as in `measure_links`."""
     points = time_alone(workload, comm, batch)
     alone = dict(points)[batch]
-    links = measure_links(comm, workload.message_bytes, host=host, pause_seconds=min(alone, LONGEST_PAUSE_SECONDS))
+    before = workload.step(SoloCommunicator(), batch) if alone < LONGEST_BEFORE_SECONDS else None
+    links = measure_links(comm, workload.message_bytes, LINK_SECONDS, host, before)
     link = links.between or links.slowest_within
     expected = alone + (2 * workload.message_bytes * link.per_byte if link else 0)
     real = None
     if comm.size > 1 and expected < LONGEST_CHECK_SECONDS:
-        real = time_together(comm, workload.step(comm, batch), 2 * LONG_SECONDS)
+        real = time_together(comm, workload.step(comm, batch), LINK_SECONDS)
     return Measured(
         name=workload.name,
         batch=batch,

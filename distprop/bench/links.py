@@ -46,19 +46,19 @@ def measure_links(
     size: int = 4 * MEGABYTE,
     seconds: float = 2.0,
     host: str | None = None,
-    pause_seconds: float = 0.0,
+    before: Callable[[], object] | None = None,
 ) -> Links:
     """Time Allreduce of a few bytes and of `size` bytes, each for about `seconds`. Collective.
 
-    `host` is this rank's; two names on one machine make two hosts of it. Before a large message the ranks wait for
-    `pause_seconds`, as they compute in training: meanwhile buffers on the way run empty.
+    `host` is this rank's; two names on one machine make two hosts of it. `before` is what a rank does before each large
+    message, such as the computing of a step: meanwhile buffers on the way run empty, and the cache fills with other data.
     """
     by_host = ranks_by_host(comm, host)
     names, mine = list(by_host), next(ranks for ranks in by_host.values() if comm.rank in ranks)
-    own = _fit(_group(comm, mine), size, seconds, pause_seconds)
+    own = _fit(_group(comm, mine), size, seconds, before)
     links = [_read(message) for message in comm.allgather(_write(own))]
     leaders = [ranks[0] for ranks in by_host.values()]
-    between = _fit(_group(comm, leaders), size, seconds, pause_seconds) if len(names) > 1 else None
+    between = _fit(_group(comm, leaders), size, seconds, before) if len(names) > 1 else None
     between = _read(comm.allgather(_write(between))[0])
     hosts = tuple(HostLinks(name, tuple(ranks), links[ranks[0]]) for name, ranks in by_host.items())
     return Links(hosts, between)
@@ -72,16 +72,16 @@ def ranks_by_host(comm: Communicator, host: str | None = None) -> dict[str, list
     return by_host
 
 
-def time_allreduce(comm: Communicator, size: int, seconds: float, pause_seconds: float = 0.0) -> float:
+def time_allreduce(comm: Communicator, size: int, seconds: float, before: Callable[[], object] | None = None) -> float:
     """Median seconds of an Allreduce of `size` bytes of float32, repeated for about `seconds`. Collective."""
     array = np.zeros(max(1, size // 4), np.float32)
 
-    def wait() -> None:
-        if pause_seconds:
-            time.sleep(pause_seconds)
+    def begin() -> None:
+        if before is not None:
+            before()
             comm.barrier()
 
-    return time_together(comm, lambda: comm.allreduce(array), seconds, wait)
+    return time_together(comm, lambda: comm.allreduce(array), seconds, begin)
 
 
 def time_together(
@@ -119,13 +119,13 @@ def measure_speed(comm: Communicator, seconds: float = 0.5) -> list[float]:
     return [float(message) for message in comm.allgather(repr(float(np.median(taken))).encode())]
 
 
-def _fit(group: Communicator | None, size: int, seconds: float, pause_seconds: float) -> Link | None:
+def _fit(group: Communicator | None, size: int, seconds: float, before: Callable[[], object] | None) -> Link | None:
     if group is None or group.size == 1:
         return None
     empty = time_allreduce(group, 8, seconds / 4)
     if size > MEGABYTE:  # a slow link gets what it carries in half a second
         size = int(min(size, MEGABYTE * max(1, 0.5 / time_allreduce(group, MEGABYTE, seconds / 4))))
-    return fit_link(group.size, empty, size, time_allreduce(group, size, seconds, pause_seconds))
+    return fit_link(group.size, empty, size, time_allreduce(group, size, seconds, before))
 
 
 def _group(comm: Communicator, ranks: list[int]) -> Communicator | None:
