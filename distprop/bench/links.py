@@ -50,8 +50,8 @@ def measure_links(
 ) -> Links:
     """Time Allreduce of a few bytes and of `size` bytes, each for about `seconds`. Collective.
 
-    `host` is this rank's; two names on one machine make two hosts of it. `before` is what a rank does before each large
-    message, such as the computing of a step: meanwhile buffers on the way run empty, and the cache fills with other data.
+    `host` is this rank's; two names on one machine make two hosts of it. `before` is what a rank does before each
+    large message, such as computing a step: meanwhile buffers on the way run empty, and the cache takes other data.
     """
     by_host = ranks_by_host(comm, host)
     names, mine = list(by_host), next(ranks for ranks in by_host.values() if comm.rank in ranks)
