@@ -81,11 +81,18 @@ class MPICommunicator:
         mpi_communicator: an `mpi4py.MPI.Comm`.
         share_memory: False leaves every sum to the library.
         ranks_per_node: take so many neighbours for a node, in place of those that MPI finds on one host.
+        counted: False for ranks that are only a part of the world, whose calls the others do not make as well.
     """
 
     def __init__(
-        self, mpi_communicator: Any = None, *, share_memory: bool = True, ranks_per_node: int | None = None
+        self,
+        mpi_communicator: Any = None,
+        *,
+        share_memory: bool = True,
+        ranks_per_node: int | None = None,
+        counted: bool = True,
     ) -> None:
+        self.counted = counted
         self._MPI = _load(initialize=True)
         self._comm = (mpi_communicator or self._MPI.COMM_WORLD).Dup()
         self.rank: int = self._comm.Get_rank()
@@ -159,9 +166,9 @@ class MPICommunicator:
         across = self._comm.Split(here.rank if owns_slice else self._MPI.UNDEFINED, self.rank)
         others = None
         if owns_slice and across.size > 1:
-            others = MPICommunicator(across, share_memory=False)
+            others = MPICommunicator(across, share_memory=False, counted=self.counted)
             others._cut_for_network()
-        return Node(MPICommunicator(here, share_memory=False), min(sizes), others)
+        return Node(MPICommunicator(here, share_memory=False, counted=self.counted), min(sizes), others)
 
     def _cut_for_network(self) -> None:
         """Sum in pieces of which no rank sends another more than EAGER_BYTES at once; the ring cuts by the ranks."""
@@ -197,7 +204,7 @@ def group(number: int | None) -> MPICommunicator | None:
     """
     MPI = _load(initialize=True)
     part = MPI.COMM_WORLD.Split(MPI.UNDEFINED if number is None else number, MPI.COMM_WORLD.Get_rank())
-    return None if part == MPI.COMM_NULL else MPICommunicator(part)
+    return None if part == MPI.COMM_NULL else MPICommunicator(part, counted=False)
 
 
 def thread_level() -> str:

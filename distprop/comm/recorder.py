@@ -215,12 +215,15 @@ def report(culprits: Sequence[int], reason: str, snapshots: Mapping[int, Snapsho
 
 
 def recorded(method: Method) -> Method:
-    """Decorates a collective of a communicator of processes; one that it calls itself is a part of it."""
+    """Decorates a collective of a communicator of processes; one that it calls itself is a part of it.
+
+    Where `self.counted` is False it is not recorded: ranks compare the numbers of their collectives.
+    """
     operation = method.__name__.encode()
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if here.inside:
+        if here.inside or not getattr(self, "counted", True):
             return method(self, *args, **kwargs)
         here.enter(operation, _bytes(args))
         try:

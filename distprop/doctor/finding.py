@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -45,12 +46,13 @@ def show(findings: Sequence[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
-    rows = list(_shortened(merged(findings)))
+    hosts = {finding.host for finding in findings} - {""}
+    rows = list(_shortened(merged(findings, hosts)))
     for finding in rows:
         table.add_row(Text(finding.status, styles[finding.status]), finding.name, Text(finding.value), finding.host)
     console.print(table)
     console.print()
-    amiss = merged([replace(finding, value="") for finding in findings if finding.status != "ok"])
+    amiss = merged([replace(finding, value="") for finding in findings if finding.status != "ok"], hosts)
     for finding in amiss:
         where = f" on {finding.host}" if finding.host not in ("", ALL) else ""
         console.print(Text(f"{finding.name}{where}: {finding.advice}", styles[finding.status]), soft_wrap=True)
@@ -61,17 +63,16 @@ def show(findings: Sequence[Finding]) -> None:
 ALL = "all hosts"
 
 
-def merged(findings: Sequence[Finding]) -> list[Finding]:
-    """One for each check and what it found, with the names of the hosts where it found that; checks stay together.
+def merged(findings: Sequence[Finding], every: AbstractSet[str]) -> list[Finding]:
+    """One for each check and what it found, with those of all hosts where it found that; checks stay together.
 
-    >>> [f.host for f in merged([Finding("cores", "2", host="a"), Finding("cores", "2", host="b")])]
+    >>> [f.host for f in merged([Finding("cores", "2", host="a"), Finding("cores", "2", host="b")], {"a", "b"})]
     ['all hosts']
     """
     hosts: dict[Finding, list[str]] = {}
     for finding in findings:
         hosts.setdefault(replace(finding, host=""), []).append(finding.host)
     order = {finding.name: place for place, finding in reversed(list(enumerate(findings)))}
-    every = {finding.host for finding in findings} - {""}
     return [
         replace(finding, host="" if len(every) < 2 else ALL if every == set(where) else ", ".join(where))
         for finding, where in sorted(hosts.items(), key=lambda item: order[item[0].name])

@@ -7,6 +7,7 @@ import pytest
 
 from communicator_suite import suite
 from distprop.comm import mpi, node, world
+from distprop.comm.recorder import here
 
 pytestmark = pytest.mark.mpi
 
@@ -48,6 +49,16 @@ def test_what_crosses_a_network_is_summed_in_pieces(ranks_per_node, monkeypatch)
     comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
     for parameter in suite.under_mpi():
         parameter.values[0](comm)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_a_part_of_the_world_calls_has_no_number_among_the_worlds_collectives(comm):
+    """Parts may call more or less than others, as when each host's link is measured for a second."""
+    before = here.sequence
+    part = mpi.group(comm.rank % 2)
+    for parameter in suite.under_mpi():
+        parameter.values[0](part)
+    assert here.sequence == before
 
 
 @pytest.mark.mpi(min_size=2)
