@@ -74,7 +74,7 @@ def ranks_by_host(comm: Communicator, host: str | None = None) -> dict[str, list
 
 def time_allreduce(comm: Communicator, size: int, seconds: float, before: Callable[[], object] | None = None) -> float:
     """Median seconds of an Allreduce of `size` bytes of float32, repeated for about `seconds`. Collective."""
-    array = np.zeros(max(1, size // 4), np.float32)
+    array = comm.allocate(max(1, size // 4), np.float32)  # as gradients are: ranks of a host sum them in their memory
 
     def begin() -> None:
         if before is not None:
