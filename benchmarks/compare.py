@@ -41,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="some of them (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each program has (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps timed in a turn (default: 40 to 300, by the network)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-mnist", action="store_true", help="leave out the time to 98 %% on MNIST")
     parser.add_argument("--no-allreduce", action="store_true", help="leave out the reduction alone")
@@ -67,7 +68,7 @@ def measured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is asked for."""
     results: dict[str, Any] = {"networks": {}, "conditions": conditions(), "rounds": 1 if args.quick else args.rounds}
     for name in names:
-        steps = 3 if args.quick else NETWORKS[name].steps
+        steps = 3 if args.quick else args.steps or NETWORKS[name].steps
         results["networks"][name] = compare_network(name, steps, results["rounds"], bool(args.quick))
         if not (args.quick or args.no_compile):
             results["networks"][name]["compiled"] = compiled(name, steps)
