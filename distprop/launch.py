@@ -64,7 +64,8 @@ class Job:
     description: str
     advice: str = ""
     launcher: Launcher | None = field(default=None)  # None: one process, without MPI
-    hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one
+    hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one, or those of a Slurm job
+    elsewhere: bool = False  # there are ranks on other nodes of a Slurm job
 
     def shell(self) -> str:
         """The job as one line that can be pasted into a shell."""
@@ -198,7 +199,8 @@ def _plan_allocation(
     where = str(allocation) if nodes == len(allocation.tasks) else f"{nodes} of {allocation}"
     advice = f"{ranks} ranks share fewer cores: correct, but slow" if crowded else ""
     description = f"{_count(ranks, 'rank')} on {where}, {library.name}, {threads} each"
-    return Job(ranks, tuple(command), environment, description, advice, launcher)
+    elsewhere = nodes > 1 or not allocation.here
+    return Job(ranks, tuple(command), environment, description, advice, launcher, elsewhere=elsewhere)
 
 
 def run(job: Job, watch: Watch | None = None, *, supervise: bool = False, stdout: IO[str] | None = None) -> int:
@@ -226,7 +228,7 @@ def _run_guarded(
 ) -> int:
     vendor, marker, witness = job.launcher.vendor if job.launcher else "", guard.marker, Witness()
     of_this_run, command = {**witness.environment, "DISTPROP_JOB": marker}, list(job.command)
-    if vendor == "openmpi" and not job.hosts:
+    if vendor == "openmpi" and not job.hosts and not job.elsewhere:
         of_this_run |= _open_mpi_folders(witness.folder)
     if job.hosts:
         of_this_run["DISTPROP_SIGN"] = guard.sign

@@ -132,6 +132,7 @@ def test_without_a_number_all_slots_are_used(script: str, monkeypatch: pytest.Mo
     assert command.startswith("/opt/mpi/bin/mpirun -n 10 ")
     assert "--mca btl_tcp_if_exclude 127.0.0.0/8,docker0 " in command
     assert not planned.advice
+    assert planned.elsewhere  # where a folder that is made here does not exist
 
 
 def test_an_interface_that_the_user_names_is_left_alone(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +155,7 @@ def test_fewer_ranks_have_their_nodes_cores(script: str, monkeypatch: pytest.Mon
     planned = launch.plan(2, [script])
     assert planned.description == "2 ranks on 1 of 3 nodes of Slurm job 12, n[1-3], MPICH 5.0.2, 4 BLAS threads each"
     assert planned.command[:3] == ("/opt/mpi/bin/mpirun", "-n", "2")
+    assert not planned.elsewhere
 
 
 def test_more_ranks_than_slots_start_nothing(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +177,7 @@ def test_a_single_rank_needs_no_mpi_on_a_node_and_a_launcher_elsewhere(
     assert planned.description.startswith("1 rank on the first of 3 nodes of Slurm job 12")
     monkeypatch.delenv("SLURMD_NODENAME")  # the shell of salloc on a login node
     assert launch.plan(1, [script]).launcher
+    assert launch.plan(1, [script]).elsewhere
 
 
 def test_a_world_of_one_under_distprop_run_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
