@@ -224,7 +224,7 @@ def test_hosts_with_another_python_or_package_are_named_and_a_wrong_clock_is_men
     assert "node3: numpy is 2.0.0 there and " in said
     assert "node4: distprop cannot be used by /opt/distprop/bin/python there: ModuleNotFoundError" in said
     assert alone.returncode == 0, alone.stderr
-    assert re.search(r"node1: its clock is (59|60|61) s behind", alone.stderr), alone.stderr
+    assert re.search(r"node1: its clock is (5|6)\d s behind", alone.stderr), alone.stderr
 
 
 def test_a_run_directory_of_each_host_is_refused_where_another_may_have_to_go_on(hosts: Hosts) -> None:
