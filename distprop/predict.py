@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -180,8 +181,9 @@ def _check(measured: Measured | None, steps: Steps, cluster: Cluster, batch: int
 
 
 def _who(measured: Measured) -> str:
-    ranks, hosts = measured.ranks, len(measured.hosts)
-    return f"{ranks} rank{'s' * (ranks > 1)} of {f'{hosts} hosts' if hosts > 1 else 'this host'}"
+    ranks, (first, *others) = measured.ranks, measured.hosts
+    alone = "this host" if first == os.uname().nodename else first
+    return f"{ranks} rank{'s' * (ranks > 1)} of {f'{1 + len(others)} hosts' if others else alone}"
 
 
 def show(answer: Answer) -> None:

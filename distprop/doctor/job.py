@@ -15,6 +15,7 @@ from distprop.comm import Communicator
 from distprop.doctor.finding import Finding
 from distprop.doctor.host import check_host
 from distprop.doctor.machine import addresses, existing_folder
+from distprop.hosts.hostfile import count
 
 SLOW_RANK = 1.25  # times the median
 SLOW_NETWORK = 0.9  # Gbit/s; what 1 Gbit/s carries
@@ -66,7 +67,7 @@ def binding(host: str, allowed: Sequence[str]) -> Finding:
     """Whether ranks are bound to cores that others have too; `allowed` are the cores of each rank of the host."""
     sets = [set(cores.split(",")) for cores in allowed]
     available = set().union(*sets)
-    value = f"{len(allowed)} ranks on {len(available)} cores, "
+    value = f"{count(len(allowed), 'rank')} on {count(len(available), 'core')}, "
     if all(cores == available for cores in sets):
         return Finding("binding", f"{value}not bound", host=host)
     crowded = max(allowed.count(cores) / len(cores.split(",")) for cores in allowed)
