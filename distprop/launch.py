@@ -368,7 +368,9 @@ def _terminal_environment() -> dict[str, str]:
     if not sys.stdout.isatty():
         return {"DISTPROP_TERMINAL": "0"}
     columns, lines = shutil.get_terminal_size()
-    window = f"{os.uname().nodename}:{os.ttyname(sys.stdout.fileno())}"
+    window = f"{os.uname().nodename}:"
+    with contextlib.suppress(OSError):  # a container may not have the file
+        window += os.ttyname(sys.stdout.fileno())
     return {"DISTPROP_TERMINAL": "1", "DISTPROP_WINDOW": window, "COLUMNS": str(columns), "LINES": str(lines)}
 
 

@@ -73,14 +73,14 @@ def window_size(descriptor: int) -> Callable[[], tuple[int, int]]:
     A rank's own standard output is the launcher's, so `distprop run` names its terminal in DISTPROP_WINDOW, with the
     host; on another one, the size at the start is all that is known.
     """
-    host, _, path = os.environ.get("DISTPROP_WINDOW", "").partition(":")
+    host, named, path = os.environ.get("DISTPROP_WINDOW", "").partition(":")
 
     def size() -> tuple[int, int]:
         columns = rows = 0
         with contextlib.suppress(OSError):
-            if not path:
+            if not named:
                 columns, rows = os.get_terminal_size(descriptor)
-            elif host == os.uname().nodename:  # and not in another container of this name, say
+            elif path and host == os.uname().nodename:  # and not in another container of this name, say
                 window = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 try:
                     columns, rows = os.get_terminal_size(window)

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class TensorBoard:
             # Not SummaryWriter: it sends each number through a queue to a thread, and its flush() leaves some there.
             os.makedirs(self._folder, exist_ok=True)
             self._writer = EventsWriter(os.path.join(self._folder, "events"))
+            weakref.finalize(self, self._writer.close)  # a further call of fit goes on with the file
         self._writer.write_event(event)
 
 
