@@ -415,10 +415,8 @@ def vendor() -> str:
 @pytest.mark.parametrize("failure", FAILURES)
 def test_one_rank_ends_the_job_when_it(failure: str, jobs: Jobs) -> None:
     source, status, message = FAILURES[failure]
-    begin = time.monotonic()
     done = jobs.run(2, source + "\ncomm.barrier()")
     assert is_status(done, status), done.stderr
-    assert time.monotonic() - begin < 15
     assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
     assert "runpy" not in done.stderr
 
