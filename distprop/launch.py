@@ -64,7 +64,8 @@ class Job:
     description: str
     advice: str = ""
     launcher: Launcher | None = field(default=None)  # None: one process, without MPI
-    hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one
+    hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one, or the nodes of a Slurm job
+    here: bool = False  # all ranks are on this host, so they find a folder that is made here
 
     def shell(self) -> str:
         """The job as one line that can be pasted into a shell."""
@@ -132,6 +133,7 @@ def plan(
         f"{ranks} ranks on this host, {library.name}, {threads} each",
         f"{ranks} ranks share {_count(cores, 'core')}: correct, but slow" if ranks > cores else "",
         launcher,
+        here=True,
     )
 
 
@@ -226,7 +228,7 @@ def _run_guarded(
 ) -> int:
     vendor, marker, witness = job.launcher.vendor if job.launcher else "", guard.marker, Witness()
     of_this_run, command = {**witness.environment, "DISTPROP_JOB": marker}, list(job.command)
-    if vendor == "openmpi" and not job.hosts:
+    if vendor == "openmpi" and job.here:
         of_this_run |= _open_mpi_folders(witness.folder)
     if job.hosts:
         of_this_run["DISTPROP_SIGN"] = guard.sign
