@@ -50,16 +50,21 @@ slurm: $(VENV)/.dev-installed .venv-mpich5/.dev-installed
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
 
-$(MPIS:%=test-%): test-%: .venv-%/.dev-installed
-	.venv-$*/bin/python tests/mpirun.py $(RANKS)
-	.venv-$*/bin/python -m pytest $(addprefix tests/,test_launch.py $(MORE_TESTS))
+test-mpich5: .venv-mpich5/.dev-installed
+test-impi: .venv-impi/.dev-installed
+test-debian-openmpi test-debian-mpich: .venv-debian/.dev-installed
+$(MPIS:%=test-%):
+	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
+	$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,test_launch.py $(MORE_TESTS))
 
-RANKS = 1 2 3 4
+ENVIRONMENT = $(@:test-%=.venv-%)
+test-debian-%: ENVIRONMENT = .venv-debian
+test-debian-openmpi: export MPI4PY_LIBMPI = libmpi.so.40
+test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian/lib
+RANKS = 1 2 3
 test-mpich5: RANKS = 1 2 3 4 5 8
 test-debian-mpich: RANKS = 1 2  # this version's waiting ranks keep their core: 3 and 4 ranks on two cores take 6 minutes
 test-mpich5: MORE_TESTS = test_stopping.py test_restart.py
-test-debian-openmpi: export MPI4PY_LIBMPI = libmpi.so.40
-test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian-mpich/lib
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distprop needs Python 3.11 or later; make PYTHON=python3.12 ...")'
@@ -73,16 +78,12 @@ $(VENV)/.dev-installed: $(VENV)/.installed
 
 .venv-mpich5/.dev-installed: REQUIREMENT = "mpich==5.*"
 .venv-impi/.dev-installed: REQUIREMENT = impi-rt
-.venv-debian-%/.dev-installed: pyproject.toml
-	tests/apt_install.sh $(PACKAGE)
-	$(PYTHON) -m venv .venv-debian-$*
-	.venv-debian-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]"
-	$(AFTERWARDS)
+.venv-debian/.dev-installed: pyproject.toml
+	tests/apt_install.sh openmpi-bin mpich
+	$(PYTHON) -m venv .venv-debian
+	.venv-debian/bin/pip install $(PIP_FLAGS) -e ".[dev]"
+	ln -sf /usr/lib/*/libmpich.so.12 .venv-debian/lib/libmpi.so.12  # mpi4py's wheel wants MPICH's own name for it
 	touch $@
-.venv-debian-openmpi/.dev-installed: PACKAGE = openmpi-bin
-.venv-debian-mpich/.dev-installed: PACKAGE = mpich
-# mpi4py's wheel looks for MPICH under the name that MPICH gives it, which is not Debian's
-.venv-debian-mpich/.dev-installed: AFTERWARDS = ln -sf /usr/lib/*/libmpich.so.12 .venv-debian-mpich/lib/libmpi.so.12
 .venv-%/.dev-installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]" $(REQUIREMENT)
