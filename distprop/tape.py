@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,12 +58,12 @@ class Node:
         self.passes = passes
         self.absent: Callable[[], object] | None = None  # see `take_part`
         self.grad: Array | None = None
-        self.grad_is_ours = False  # a gradient handed over by a vjp may be shared; a sum that we made may be added to
+        self.grad_is_ours = False  # it may be added to in place
 
-    def receive(self, gradient: Array) -> bool:
-        """Add one consumer's gradient; tells whether it was the first."""
+    def receive(self, gradient: Array, ours: bool = False) -> bool:
+        """Add one consumer's gradient; tells whether it was the first. `ours`: nobody else holds its memory."""
         if self.grad is None:
-            self.grad = gradient
+            self.grad, self.grad_is_ours = gradient, ours
             return True
         if self.grad_is_ours:
             self.grad += gradient
@@ -150,14 +151,16 @@ def _propagate(root: Node, grad: Array) -> None:
             node = heapq.heappop(heap)[1]
             if observe is not None:
                 observe(node)
-            inputs, out, gradients = _visit(node)
-            for tensor, target, gradient in zip(inputs, out, gradients, strict=True):
+            inputs, gradients = _visit(node)
+            for number, tensor in enumerate(inputs):
+                gradient, gradients[number] = gradients[number], None
                 if gradient is None or not tensor.requires_grad:
                     continue
+                ours = _holders(gradient) == _NOBODY_ELSE
                 source = tensor.node
                 if source is None:
-                    tensor.accumulate(gradient, target)
-                elif source.receive(gradient):
+                    tensor.accumulate(gradient, ours)
+                elif source.receive(gradient, ours):
                     heapq.heappush(heap, (-source.number, source))
     finally:
         if observe is not None:
@@ -166,8 +169,8 @@ def _propagate(root: Node, grad: Array) -> None:
             node.grad, node.grad_is_ours = None, False
 
 
-def _visit(node: Node) -> tuple[tuple[Tensor, ...], Out, Sequence[Array | None]]:
-    """Apply one chain rule and release the node; the inputs, where their gradients were to be written, and those."""
+def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None]]:
+    """Apply one chain rule and release the node; the inputs and their gradients."""
     vjp, grad, inputs = node.vjp, node.grad, node.inputs
     if vjp is None or grad is None:
         node.grad = None
@@ -176,11 +179,32 @@ def _visit(node: Node) -> tuple[tuple[Tensor, ...], Out, Sequence[Array | None]]
             "first. Add the losses and call backward() once, or compute the forward pass again"
         )
     node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
-    only = len(inputs) == 1
-    out = [tensor.gradient_target(only) if tensor.requires_grad else None for tensor in inputs]
-    if not only and len(set(map(id, inputs))) < len(inputs):  # one parameter taken twice: only one may write there
+    out = [tensor.gradient_target() if tensor.requires_grad else None for tensor in inputs]
+    if len(inputs) > 1 and len(set(map(id, inputs))) < len(inputs):  # one parameter taken twice: only one may write
         out = [None if any(x is earlier for earlier in inputs[:i]) else out[i] for i, x in enumerate(inputs)]
-    return inputs, out, vjp(grad, out)
+    gradients = list(vjp(grad, out))
+    if len(gradients) != len(inputs):
+        raise ValueError(f"an operation of {len(inputs)} inputs gave {len(gradients)} gradients; it must be one each")
+    return inputs, gradients
+
+
+def _holders(gradient: Array) -> tuple[int, int, bool]:
+    """How often Python refers to a gradient and to the array that it is a view of, and whether it is all of that.
+
+    A gradient that a vjp may have kept, or handed out twice, has to be copied before it is added to or kept. Most are
+    made for the one who receives them, which PyTorch, too, tells by counting references.
+    """
+    owner = gradient.base
+    if owner is None:
+        return sys.getrefcount(gradient), _NOBODY_ELSE[1], gradient.flags.owndata
+    whole = isinstance(owner, np.ndarray) and owner.flags.owndata and owner.size == gradient.size
+    return sys.getrefcount(gradient), sys.getrefcount(owner), whole
+
+
+def _holders_of_a_new_view() -> tuple[int, int, bool]:
+    """What `_holders` says of an array that only its caller has; how references are counted differs between Pythons."""
+    gradient = np.empty((1, 2)).T
+    return _holders(gradient)
 
 
 @contextmanager
@@ -219,6 +243,8 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     return np.asarray(gradient.sum(axis=axes)).reshape(shape)
 
 
+_NOBODY_ELSE = (0, 0, True)
+_NOBODY_ELSE = _holders_of_a_new_view()
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _observer: ContextVar[Callable[[Node | None], object] | None] = ContextVar("observer", default=None)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, Union
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from distprop.rows import add_rows
 from distprop.tape import Array, Node, Out, VectorJacobianProduct, gradients_needed, node_for, sum_to, walk_back
 
 Operand: TypeAlias = Union["Tensor", ArrayLike]
@@ -148,24 +149,21 @@ class Tensor:
             if seed.shape != self.shape:
                 raise ValueError(f"backward() got a gradient of shape {seed.shape} for a tensor of shape {self.shape}")
         if self.node is None:
-            self.accumulate(seed, None)
+            self.accumulate(seed, ours=False)
         else:
             walk_back(self.node, seed)
 
-    def gradient_target(self, only_input: bool = False) -> Array | None:
-        """Where an operation may write this leaf's gradient, or None; see `Parameter`.
+    def gradient_target(self) -> Array | None:
+        """Where an operation may write this leaf's gradient, or None; see `Parameter`."""
+        return None
 
-        Memory is set aside only for an operation that has this as its `only_input`: the elementwise ones use it.
-        """
-        return np.empty_like(self._data) if only_input and self.node is None and self._grad is None else None
-
-    def accumulate(self, gradient: Array, target: Array | None) -> None:
-        """Add `gradient` to `grad`, or take the `target` that it was written into; called by the tape for leaves."""
+    def accumulate(self, gradient: Array, ours: bool) -> None:
+        """Add `gradient` to `grad`, or take it if its memory is `ours`, or a copy; called by the tape for leaves."""
         gradient = np.asarray(gradient, self._data.dtype)
         if self._grad is not None:
             self._grad = np.asarray(self._grad + gradient)
         else:
-            self._grad = gradient if gradient is target else gradient.copy("K")
+            self._grad = gradient if ours else gradient.copy("K")
 
     def detach(self) -> Tensor:
         """The same values, as a constant."""
@@ -268,12 +266,26 @@ class Tensor:
     def tanh(self) -> Tensor:
         """Hyperbolic tangent; derivative 1 − tanh²(x)."""
         value = np.tanh(self.data)
-        return _elementwise(value, (self, lambda g: g * (1 - value * value)))
+
+        def derivative(g: Array) -> Array:
+            d = np.asarray(value * value)
+            np.subtract(1, d, out=d)
+            d *= g
+            return d
+
+        return _elementwise(value, (self, derivative))
 
     def sigmoid(self) -> Tensor:
         """1 / (1 + e^−x); derivative σ(1 − σ)."""
         value = sigmoid_of(self.data)
-        return _elementwise(value, (self, lambda g: g * (value * (1 - value))))
+
+        def derivative(g: Array) -> Array:
+            d = np.asarray(1 - value)
+            d *= value
+            d *= g
+            return d
+
+        return _elementwise(value, (self, derivative))
 
     def relu(self) -> Tensor:
         """max(x, 0); the derivative at 0 counts as 0."""
@@ -361,9 +373,17 @@ class Tensor:
     def __getitem__(self, index: Any) -> Tensor:
         index = _plain_index(index)
         parts = index if isinstance(index, tuple) else (index,)
-        repeats = any(isinstance(part, list | np.ndarray) for part in parts)  # fancy: a place may be taken twice
+        fancy = [np.asarray(part) for part in parts if isinstance(part, list | np.ndarray)]
+        repeats = any(part.dtype != np.bool_ for part in fancy)  # a place may be taken twice
 
         def vjp(grad: Array, out: Out) -> list[Array]:
+            if repeats and len(parts) == 1 and self.data.size:
+                full, count = np.empty(self.shape, self.dtype), len(self.data)
+                numbers = fancy[0].astype(np.intp).reshape(-1)
+                numbers[numbers < 0] += count
+                width = self.data.size // count
+                add_rows(numbers, grad.reshape(len(numbers), width), full.reshape(count, width))
+                return [full]
             full = np.zeros_like(self.data)
             if repeats:
                 np.add.at(full, index, grad)
@@ -502,17 +522,17 @@ class Parameter(Tensor):
             self._place()[...] = value
         self._grad_is_set = value is not None
 
-    def gradient_target(self, only_input: bool = False) -> Array | None:
+    def gradient_target(self) -> Array | None:
         """The place of the gradient if nothing of this step is in it yet."""
         return None if self._grad_is_set else self._place()
 
-    def accumulate(self, gradient: Array, target: Array | None) -> None:
-        """Add `gradient`, or take note that it has been written into `target`."""
+    def accumulate(self, gradient: Array, ours: bool) -> None:
+        """Add `gradient`, or take note that it has been written where it belongs."""
         place = self._place()
         if self._grad_is_set:
             np.add(place, gradient, out=place)
         else:
-            if gradient is not target:
+            if gradient is not place:
                 place[...] = gradient
             self._grad_is_set = True
 

@@ -1,14 +1,11 @@
 """Embedding, and the sum of rows by number that is its derivative."""
 
-import sys
-
 import numpy as np
 import pytest
 
 import test_functional as table
 from distprop import functional as F
 from distprop import nn
-from distprop.functional.embedding import add_rows
 from distprop.tensor import Parameter, Tensor
 from test_functional import Operation
 
@@ -66,44 +63,6 @@ def test_gradients_agree_with_finite_differences(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_agree_with_pytorch(case, dtype, torch):
     table.test_values_and_gradients_agree_with_pytorch(case, dtype, torch)
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize(
-    ("count", "rows"), [(1, 1), (1, 50), (3, 200), (10, 79), (10, 80), (10, 81), (300, 300), (5000, 40), (70_000, 500)]
-)
-@pytest.mark.parametrize("skewed", [False, True])
-def test_rows_are_added_by_number(count, rows, skewed, dtype, rng):
-    """Few numbers with many rows each, many numbers with few, more than 16 bits of them, and one that is in most."""
-    numbers = rng.integers(0, count, rows)
-    if skewed:
-        numbers[rng.uniform(size=rows) < 0.7] = count - 1
-    values = rng.normal(size=(rows, 5)).astype(dtype)
-    expected = np.zeros((count, 5))
-    np.add.at(expected, numbers, values.astype(np.float64))
-    out = np.full((count, 5), np.nan, dtype)
-    before = values.copy()
-    add_rows(numbers, values, out)
-    np.testing.assert_allclose(out, expected, atol=1e-13 if dtype == np.float64 else 2e-5)
-    np.testing.assert_array_equal(values, before)
-
-
-def test_numbers_that_agree_in_their_last_16_bits_are_kept_apart():
-    out = np.empty((70_000, 1))
-    add_rows(np.array([1, 65_537, 1, 65_537]), np.array([[1.0], [2.0], [4.0], [8.0]]), out)
-    assert (out[1, 0], out[65_537, 0], out.sum()) == (5, 10, 15)
-
-
-def test_both_ways_of_adding_are_used(monkeypatch, rng):
-    """Pairs of neighbours where numbers are rare, one sum a number where they are not."""
-    calls = []
-    module = sys.modules["distprop.functional.embedding"]
-    pairs = module._add_neighbours
-    monkeypatch.setattr(module, "_add_neighbours", lambda *args: calls.append(1) or pairs(*args))
-    add_rows(np.arange(10) % 5, np.ones((10, 2)), np.empty((5, 2)))
-    assert calls == [1]
-    add_rows(np.arange(100) % 5, np.ones((100, 2)), np.empty((5, 2)))
-    assert calls == [1]
 
 
 def test_the_layer_is_pytorchs(torch, rng):

@@ -876,7 +876,7 @@ def test_an_operation_of_ones_own():
 
 def test_a_vjp_that_forgets_an_input_is_noticed():
     x = tensor(1.0, requires_grad=True)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 inputs gave 1 gradients"):
         record(np.ones(()), (x, x), lambda grad, out: [grad]).backward()
 
 
@@ -898,3 +898,41 @@ def test_a_parameter_is_updated_in_place_under_no_grad():
 def test_format_of_a_number_and_of_an_array():
     assert f"{tensor(1.23456):.2f}" == "1.23"
     assert f"{tensor([1.0, 2.0])}" == "tensor([1., 2.], dtype=float32)"
+
+
+KEPT = []  # what a vjp holds on to
+
+
+@pytest.mark.parametrize(
+    ("vjp", "copied"),
+    [
+        (lambda g: [KEPT.append(1) or g * 2], False),
+        (lambda g: [np.full(g.shape[::-1], 2.0).T], False),
+        (lambda g: [KEPT.append(g * 2) or KEPT[-1]], True),
+        (lambda g: [KEPT.append(g * 2) or KEPT[-1].T.T], True),
+        (lambda g: [np.full((3, 5), 2.0)[:, :4]], True),  # would keep the rest, too
+        (lambda g: [np.broadcast_to(2.0, g.shape)], True),
+        (lambda g: [np.frombuffer(np.full(g.shape, 2.0).tobytes()).reshape(g.shape)], True),
+    ],
+)
+def test_a_leaf_takes_a_gradient_that_nobody_else_holds_and_copies_any_other(vjp, copied):
+    x, made = tensor(np.ones((3, 4)), requires_grad=True), []
+
+    def noted(grad, out):
+        gradients = vjp(grad)
+        made.append(gradients[0].ctypes.data)
+        return gradients
+
+    record(x.data, (x,), noted).backward(np.ones((3, 4)))
+    np.testing.assert_array_equal(x.grad, np.full((3, 4), 2.0))
+    assert (x.grad.ctypes.data != made[0]) == copied
+    assert x.grad.flags.writeable
+    KEPT.clear()
+
+
+def test_two_leaves_and_the_caller_never_share_a_gradient():
+    x, y, seed = tensor(np.ones(3), requires_grad=True), tensor(np.ones(3), requires_grad=True), np.ones(3)
+    (x + y).backward(seed)
+    record(x.data, (x, y), lambda g, out: [KEPT.append(g * 1) or KEPT[-1][::-1][::-1], KEPT.pop()]).backward(seed)
+    x.grad += 10
+    assert (seed.sum(), y.grad.sum()) == (3, 6)

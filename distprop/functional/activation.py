@@ -130,10 +130,15 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tens
     """log(1 + e^(βx))/β, and x itself where βx > `threshold`. Derivative: σ(βx)."""
 
     def value(x: Array, out: Array, slope: Array | None) -> None:
-        scaled = beta * x
-        e = np.exp(-np.abs(scaled))
-        e *= scaled <= threshold
-        np.add(np.clip(x, 0, np.inf), log1p_of(e) * (1 / beta), out=out)
+        scaled = x if beta == 1 else beta * x
+        e = np.abs(scaled)
+        np.exp(np.negative(e, out=e), out=e)
+        if not scaled.max(initial=-np.inf) <= threshold:  # rare, and a boolean factor takes three passes' time
+            e *= scaled <= threshold
+        np.clip(x, 0, np.inf, out=out)
+        log1p = log1p_of(e)
+        log1p *= 1 / beta
+        out += log1p
         if slope is not None:
             np.divide(np.maximum(e, _positive(scaled)), 1 + e, out=slope)
 

@@ -1,12 +1,14 @@
 """Pooling: the largest or the mean of the pixels in each window. Memory is channels-last, as in `conv`.
 
 Nothing is gathered: for each element of the kernel the pixels that it meets are one strided view of the image, and the
-result is a maximum or a sum over as many views as the kernel has elements, in blocks that stay in the cache.
+result is a maximum or a sum over as many views as the kernel has elements, in blocks that stay in the cache. Sums, and
+maxima where it pays, are made along one axis, then along the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,15 +48,21 @@ def max_pool2d(
     window = pooling_window("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
     images = channels_last(x.data)
     shape = images.shape
-    value, winner = _largest(images, window, gradients_needed((x,)))
+    (kh, kw), remember = kernel, gradients_needed((x,))
+    passes = [window]
+    if kw * window.stride[0] + kh < kh * kw:  # the largest of each row, then of these, has the same winner for less
+        passes = [_along(1, window, shape[1]), _along(0, window, window.output[1])]
+    value, winners = images, []
+    for part in passes:
+        value, winner = _largest(value, part, remember)
+        winners.append(winner)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         g = channels_last(grad)
-
-        def share(where: Where, number: int, out: Array | None) -> Array:
-            return np.multiply(g[where], winner[where] == number, out=out)
-
-        return [channels_second(_spread(shape, g.dtype, window, share))]
+        sizes = [shape, *(winner.shape for winner in winners)]
+        for number in reversed(range(len(passes))):
+            g = _spread(sizes[number], g.dtype, passes[number], partial(_if_won, g, winners[number]))
+        return [channels_second(g)]
 
     return record(channels_second(value), (x,), vjp)
 
@@ -86,20 +94,18 @@ def avg_pool2d(
     images = channels_last(x.data)
     shape = images.shape
     shares = _shares(window, (shape[1], shape[2]), count_include_pad, divisor_override).astype(x.dtype)
-    value = np.zeros((len(images), *window.output, shape[3]), x.dtype)
-    for block in gather(images, window, _positions(images)):
-        total = value[block.where]
-        for met in _met(_phases(block), block.window):
-            total += met
-        total *= shares[block.where[1]]
+    if shares.min() == shares.max():
+        shares = shares[0, 0]  # a multiplication by one number takes half the time
+    down, across = _along(0, window, shape[2]), _along(1, window, window.output[0])
+    strips = (shape[0], *down.output, shape[3])
+    value = _sums(_sums(images, down), across)
+    value *= shares
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         g = channels_last(grad) * shares
-
-        def share(where: Where, number: int, out: Array | None) -> Array:
-            return g[where] if out is None else np.positive(g[where], out=out)
-
-        return [channels_second(_spread(shape, g.dtype, window, share))]
+        for part, size in ((across, strips), (down, shape)):
+            g = _spread(size, g.dtype, part, partial(_whole, g))
+        return [channels_second(g)]
 
     return record(channels_second(value), (x,), vjp)
 
@@ -145,6 +151,35 @@ def _mean_of_all(x: Tensor) -> Tensor:
         return [np.broadcast_to(grad * share[0, 0], (n, channels, height, width))]
 
     return record(channels_second(value[:, :, None]), (x,), vjp)
+
+
+def _along(axis: int, window: Window, others: int) -> Window:
+    """The windows along one axis alone, `others` being how many rows or columns there are of the other."""
+    pairs = (window.kernel, 1), (window.stride, 1), (window.dilation, 1), (window.padding, 0), (window.output, others)
+    return Window(*((own[0], other) if axis == 0 else (other, own[1]) for own, other in pairs))
+
+
+def _sums(images: Array, window: Window) -> Array:
+    """The sum of the pixels of each window."""
+    value = np.empty((len(images), *window.output, images.shape[3]), images.dtype)
+    for block in gather(images, window, _positions(images)):
+        total = value[block.where]
+        for number, met in enumerate(_met(_phases(block), block.window)):
+            if number == 0:
+                total[...] = met
+            else:
+                total += met
+    return value
+
+
+def _whole(grad: Array, where: Where, number: int, out: Array | None) -> Array:
+    """A `Share`: all of the gradient."""
+    return grad[where] if out is None else np.positive(grad[where], out=out)
+
+
+def _if_won(grad: Array, winner: Array, where: Where, number: int, out: Array | None) -> Array:
+    """A `Share`: the gradient where this element of the kernel won; floats multiply faster with floats."""
+    return np.multiply(grad[where], (winner[where] == number).view(np.uint8).astype(grad.dtype), out=out)
 
 
 def _largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
@@ -195,7 +230,7 @@ def _spread(shape: tuple[int, ...], dtype: np.dtype[Any], window: Window, share:
     dx = (np.empty if tiled else np.zeros)(shape, dtype)
     for block in scatter(dx, window, _positions(dx)):
         parts = dict(_parts(block))
-        if window.stride == (1, 1):
+        if window.stride[1] == 1:
             phases = parts
         else:
             phases = {start: (np.empty if apart else np.zeros)(part.shape, dtype) for start, part in parts.items()}
@@ -211,8 +246,8 @@ def _spread(shape: tuple[int, ...], dtype: np.dtype[Any], window: Window, share:
 
 
 def _phases(block: Block) -> dict[Pair, Array]:
-    """Contiguous copies of `_parts`: all pixels that one element of the kernel meets lie row by row in one of them."""
-    if block.window.stride == (1, 1):
+    """`_parts`, each row of them in one piece: all pixels of a row that one element of the kernel meets."""
+    if block.window.stride[1] == 1:
         return dict(_parts(block))
     phases = {}
     for start, part in _parts(block):
