@@ -467,7 +467,7 @@ def run_bare(jobs: Jobs, source: str, **environment: str) -> subprocess.Complete
         command = [word for word in finish(process).stdout.splitlines() if word not in ("-m", "distprop.rank")]
     starter = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
     with jobs.start("-c", starter, *command, **environment) as process:
-        return finish(process, seconds=15)
+        return finish(process)
 
 
 @needs_mpi
@@ -490,7 +490,7 @@ def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
 def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) -> None:
     script = jobs.write(BEFORE_WORLD + "time.sleep(60)\n" + WORLD)
     with jobs.start("-m", "distprop.cli", "run", "-n", "2", "--timeout", "3", script) as process:
-        done = finish(process, seconds=15)
+        done = finish(process)
     assert is_status(done, 1)
     assert re.search(r"Timeout \(0:00:03\)!.*in world\n.*script\.py", done.stderr, re.S), done.stderr
 
