@@ -546,16 +546,16 @@ def test_a_launcher_that_outlives_its_ranks_is_ended(jobs: Jobs) -> None:
     assert "all ranks have ended, but not their launcher" in done.stderr
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(here: bool) -> None:
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(elsewhere: bool) -> None:
     report = "import json, os; print(json.dumps({'folder': os.environ.get('PRTE_MCA_prte_tmpdir_base')}))"
     launcher = launch.Launcher(Path("mpirun"), "openmpi", "5.0.11")
-    job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, here=here)
+    job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, elsewhere=elsewhere)
     status, line = launch.ask(job)
     folder = json.loads(line)["folder"]
     assert status == 0
-    assert (folder is not None) == here
-    assert not here or not Path(folder).exists()  # any more
+    assert (folder is None) == elsewhere
+    assert elsewhere or not Path(folder).exists()  # any more
 
 
 def test_user_signals_are_passed_on(jobs: Jobs) -> None:
