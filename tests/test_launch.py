@@ -467,7 +467,7 @@ def run_bare(jobs: Jobs, source: str, **environment: str) -> subprocess.Complete
         command = [word for word in finish(process).stdout.splitlines() if word not in ("-m", "distprop.rank")]
     starter = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
     with jobs.start("-c", starter, *command, **environment) as process:
-        return finish(process, seconds=15)
+        return finish(process)
 
 
 @needs_mpi
@@ -490,7 +490,7 @@ def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
 def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) -> None:
     script = jobs.write(BEFORE_WORLD + "time.sleep(60)\n" + WORLD)
     with jobs.start("-m", "distprop.cli", "run", "-n", "2", "--timeout", "3", script) as process:
-        done = finish(process, seconds=15)
+        done = finish(process)
     assert is_status(done, 1)
     assert re.search(r"Timeout \(0:00:03\)!.*in world\n.*script\.py", done.stderr, re.S), done.stderr
 
@@ -546,16 +546,16 @@ def test_a_launcher_that_outlives_its_ranks_is_ended(jobs: Jobs) -> None:
     assert "all ranks have ended, but not their launcher" in done.stderr
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(here: bool) -> None:
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(elsewhere: bool) -> None:
     report = "import json, os; print(json.dumps({'folder': os.environ.get('PRTE_MCA_prte_tmpdir_base')}))"
     launcher = launch.Launcher(Path("mpirun"), "openmpi", "5.0.11")
-    job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, here=here)
+    job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, elsewhere=elsewhere)
     status, line = launch.ask(job)
     folder = json.loads(line)["folder"]
     assert status == 0
-    assert (folder is not None) == here
-    assert not here or not Path(folder).exists()  # any more
+    assert (folder is None) == elsewhere
+    assert elsewhere or not Path(folder).exists()  # any more
 
 
 def test_user_signals_are_passed_on(jobs: Jobs) -> None:

@@ -72,8 +72,8 @@ def _connect() -> Communicator:
     timeout = watchdog.timeout_seconds()
     if launcher == "srun" and expected > 1 and mpi.library().vendor == "openmpi" and "PMIX_RANK" not in os.environ:
         _refuse_srun(expected, 1, mpi.library())  # before MPI starts, since it would complain first
-    mpi.start_with_all_ranks(timeout)
-    comm = mpi.MPICommunicator()
+    with mpi.waiting_for_all_ranks(timeout):
+        comm = mpi.MPICommunicator()
     if comm.size != expected:
         if launcher == "srun":
             _refuse_srun(expected, comm.size, mpi.library())

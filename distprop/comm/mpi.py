@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -183,8 +183,9 @@ class MPICommunicator:
         os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
 
 
-def start_with_all_ranks(timeout: float) -> None:
-    """Start MPI, for which all ranks wait for each other, at most `timeout` seconds; 0 is for ever.
+@contextlib.contextmanager
+def waiting_for_all_ranks(timeout: float) -> Iterator[None]:
+    """For the start of MPI, in which ranks wait for each other: at most `timeout` seconds, 0 is for ever.
 
     Then a traceback is printed and this process ends. No thread and no signal handler of Python could do that:
     MPI_Init keeps the interpreter's lock.
@@ -192,7 +193,7 @@ def start_with_all_ranks(timeout: float) -> None:
     if timeout:
         faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     try:
-        _load(initialize=True)
+        yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 
