@@ -76,3 +76,8 @@ class MessageSum:
             ends = ((self._buffer.span(parameter)[1], parameter) for parameter in self._buffer.parameters)
             self.bad_parameter = next(self._names[id(parameter)] for end, parameter in ends if own < end)
         return any(place is not None for place in last)
+
+    def rescale(self, factor: float) -> None:
+        """The gradients in the message have been multiplied by `factor` since they were summed."""
+        if self._wire_sum is not None:
+            self._wire_sum.rescale(factor)

@@ -337,6 +337,7 @@ class DataParallel:
         scale = self._expected * received.backwards / received.examples if received.examples else 0
         if scale != 1:
             self._buffer.grad *= self._buffer.grad.dtype.type(scale)
+            self._sum.rescale(scale)
         if self._tree is None and received.examples:  # with shards no step may depend on the one before: see `resume`
             self._expected = received.examples / received.backwards
         if self._kept is not None:

@@ -81,7 +81,7 @@ def only_float32_is_rounded(comm: Communicator) -> None:
 
 @suite.scenario()
 def training_goes_on_as_with_float32(comm: Communicator) -> None:
-    """A few steps of both stay together, and the parameters are equal on all ranks."""
+    """A few steps of both stay together, though the first has another scale; the parameters are equal on all ranks."""
     x = np.random.default_rng(comm.rank).standard_normal((8, 4)).astype(np.float32)
     models = {}
     for wire in (None, *WIRES):
@@ -97,7 +97,8 @@ def training_goes_on_as_with_float32(comm: Communicator) -> None:
         parallel.verify()
     for wire in WIRES:
         for one, other in zip(models[None].parameters(), models[wire].parameters(), strict=True):
-            np.testing.assert_allclose(other.data, one.data, atol=3 * ERROR[wire] * 0.1)  # a step's rounding remains
+            # the rounding of one step remains, of gradients below 0.5
+            np.testing.assert_allclose(other.data, one.data, rtol=0, atol=0.1 * ERROR[wire] * 0.5)
 
 
 @suite.scenario()

@@ -58,6 +58,12 @@ class WireSum:
             self._sum_between(self._comm, array, 0)
         return array
 
+    def rescale(self, factor: float) -> None:
+        """The last sum was multiplied by `factor` afterwards, and so is what rounding has left of it."""
+        for rounding in (self._sent, self._summed):
+            if rounding is not None:
+                rounding.error *= np.float32(factor)
+
     def _sum_between(self, across: Communicator, total: Array, start: int) -> None:
         """Sum `total`, which begins at number `start` of the message, over the ranks `across`."""
         rounded = min(max(self._narrow - start, 0), len(total))
