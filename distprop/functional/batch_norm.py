@@ -19,7 +19,7 @@ from distprop.tensor import Operand, Tensor, as_tensor, record
 if TYPE_CHECKING:
     from distprop.comm.base import Communicator
 
-_BLOCK = 65536  # numbers
+_BLOCK = 32768  # numbers: measured on a second-level cache of 2 MiB; twice as many are 9 to 14 % slower
 _SHORT = 256  # images of fewer pixels are cheaper with a pattern of all channels than with one number a channel
 
 

@@ -40,9 +40,6 @@ def conv2d(
         ValueError: shapes, groups, stride, padding or dilation that do not fit together.
         TypeError: the dtypes differ or are not floating point.
 
-    A 3×3 kernel without stride or dilation, from 8 channels a group on, is applied to tiles (see `winograd`): a pixel
-    that is not finite then spoils up to 2×2 results that do not see it.
-
     Source: Dumoulin and Visin, 2016, arXiv:1603.07285 (the geometry); Chellapilla et al., 2006 (as matrix products).
     """
     return _convolution("conv2d", input, weight, bias, stride, padding, dilation, groups, 2)

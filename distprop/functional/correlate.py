@@ -5,7 +5,7 @@ linear in x and in w, so its derivatives are products of the same kind: `correla
 `input_gradient` are its adjoints. A transposed convolution is `input_gradient` as the value and `correlate` as the
 derivative. Each is one matrix product for each block of windows (see `distprop.functional.windows`).
 
-A faster way for some windows is a file of its own with the same products: `winograd` and `depthwise`.
+A faster way for some windows, such as Winograd's for 3×3, is a file of its own with the same products.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def input_gradient(grad: Array, weight: Array, window: Window, size: Pair) -> Ar
     windows that come out are added up where they overlap; else it is a correlation of g with the kernel turned round.
     """
     if _is_correlation(window, size):
-        return correlate(grad, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), None, turned_round(window, size))
+        return correlate(grad, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), None, _turned_round(window, size))
     outputs, channels = weight.shape[:2]
     dx = np.zeros((len(grad), *size, channels), grad.dtype)
     matrix = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)
@@ -82,7 +82,7 @@ def gradients(images: Array, grad: Array, weight: Array, window: Window) -> tupl
     matrix = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, channels)
     total = np.zeros((channels, len(matrix)), images.dtype)
     product = np.empty_like(total)
-    for where, windows in patches(grad, turned_round(window, size), _positions(grad, window, channels)):
+    for where, windows in patches(grad, _turned_round(window, size), _positions(grad, window, channels)):
         np.matmul(windows, matrix, out=dx[where].reshape(-1, channels))
         total += np.matmul(images[where].reshape(-1, channels).T, windows, out=product)
     return dx, total.reshape(channels, *window.kernel, outputs)[:, ::-1, ::-1].transpose(3, 0, 1, 2)
@@ -93,7 +93,7 @@ def _is_correlation(window: Window, size: Pair) -> bool:
     return window.stride == (1, 1) and 4 * window.output[0] * window.output[1] >= 3 * size[0] * size[1]
 
 
-def turned_round(window: Window, size: Pair) -> Window:
+def _turned_round(window: Window, size: Pair) -> Window:
     """Without stride: the windows of g that the pixels of an image of `size` see, its kernel turned by 180°."""
     (height, width), padding = window.extent, window.padding
     return Window(window.kernel, (1, 1), window.dilation, (height - 1 - padding[0], width - 1 - padding[1]), size)

@@ -1,8 +1,7 @@
 """The products of `distprop.functional.correlate` for convolutions in groups of channels.
 
 Group i of the input channels meets group i of the kernels alone, `weight` `(o, c/groups, kh, kw)`. Each group is a
-convolution of its own, and where a group is one input channel it is `distprop.functional.depthwise`. Where it suits the
-window, `distprop.functional.winograd` takes all groups at once.
+convolution of its own, and where a group is one input channel it is `distprop.functional.depthwise`.
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.functional import correlate as single
-from distprop.functional import depthwise, winograd
+from distprop.functional import depthwise
 from distprop.functional.windows import Pair, Window
 from distprop.tape import Array
 
 
 def correlate(images: Array, weight: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """See `correlate.correlate`."""
-    if winograd.suits(window, images.shape[3], len(weight), groups):
-        return winograd.correlate(images, weight, bias, window, groups)
     if groups == 1:
         return single.correlate(images, weight, bias, window)
     if weight.shape[1] == 1:
@@ -30,8 +27,6 @@ def correlate(images: Array, weight: Array, bias: Array | None, window: Window, 
 
 def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, groups: int) -> Array:
     """See `correlate.input_gradient`."""
-    if winograd.suits(window, weight.shape[1] * groups, len(weight), groups):
-        return winograd.input_gradient(grad, weight, window, size, groups)
     if groups == 1:
         return single.input_gradient(grad, weight, window, size)
     if weight.shape[1] == 1:
@@ -42,8 +37,6 @@ def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, group
 
 def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> Array:
     """See `correlate.weight_gradient`."""
-    if winograd.suits(window, images.shape[3], grad.shape[3], groups):
-        return winograd.weight_gradient(images, grad, window, groups)
     if groups == 1:
         return single.weight_gradient(images, grad, window)
     if images.shape[3] == groups:
@@ -54,7 +47,7 @@ def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> 
 
 def gradients(images: Array, grad: Array, weight: Array, window: Window, groups: int) -> tuple[Array, Array]:
     """See `correlate.gradients`."""
-    if groups == 1 and not winograd.suits(window, images.shape[3], len(weight)):
+    if groups == 1:
         return single.gradients(images, grad, weight, window)
     size = (images.shape[1], images.shape[2])
     return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)

@@ -210,18 +210,18 @@ def _walk(shape: tuple[int, ...], window: Window, positions: int) -> Iterator[_S
     The last is None if nothing has a border.
     """
     bordered = window.padding != (0, 0) or window.reach[0] > shape[1] or window.reach[1] > shape[2]
-    across, place_across = overlap(-window.padding[1], window.reach[1], shape[2])
+    across, place_across = _overlap(-window.padding[1], window.reach[1], shape[2])
     seen: slice | None = None
     for images, rows in blocks(shape[0], window, positions):
         if rows != seen:
             seen, count = rows, rows.stop - rows.start
             part = window if count == window.output[0] else replace(window, output=(count, window.output[1]))
             top = rows.start * window.stride[0] - window.padding[0]
-            down, place_down = overlap(top, part.reach[0], shape[1])
+            down, place_down = _overlap(top, part.reach[0], shape[1])
         yield (images, rows), part, (images, down, across), (place_down, place_across) if bordered else None
 
 
-def overlap(first: int, count: int, length: int) -> tuple[slice, slice]:
+def _overlap(first: int, count: int, length: int) -> tuple[slice, slice]:
     """The part of the axis 0 … length−1 that lies in first … first+count−1, counted from 0 and from `first`."""
     start = min(max(first, 0), length)
     stop = min(max(first + count, start), length)
