@@ -20,10 +20,10 @@ FLOORS = [
     {"optim", "data"},
     {"parallel", "fixed_tree", "lane", "message_sum", "running"},
     {"checkpoint", "shared_folder"},
-    {"environment", "evaluation", "fingerprint", "metrics", "progress", "run_checkpoints", "rundir", "stopping"}
-    | {"timeline", "train"},
+    {"environment", "evaluation", "fingerprint", "metrics", "progress", "repeat", "run_checkpoints", "rundir"}
+    | {"stopping", "timeline", "train"},
     {"config", "job", "host_probe", "hosts", "launch", "restart", "rank", "bench", "witness"},
-    {"forecast", "predict", "doctor", "report", "svg", "trace"},
+    {"forecast", "predict", "doctor", "capture", "evidence", "numbers", "replay", "report", "rerun", "svg", "trace"},
     {"cli", "__main__"},
 ]
 

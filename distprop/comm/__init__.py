@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from distprop.comm.base import CollectiveError, Communicator
 from distprop.comm.solo import SoloCommunicator
@@ -14,6 +17,7 @@ __all__ = [
     "LauncherMismatchError",
     "SoloCommunicator",
     "ThreadCommunicator",
+    "play",
     "run_threads",
     "started_by",
     "world",
@@ -47,12 +51,25 @@ def world() -> Communicator:
         ValueError: DISTPROP_TIMEOUT is no number of seconds.
     """
     global _world
+    if (played := _played.get()) is not None:
+        return played
     if _world is None:
         _world = _connect()
     return _world
 
 
+@contextmanager
+def play(comm: Communicator) -> Iterator[None]:
+    """Inside, in this thread, `world()` is `comm`: how one process repeats what several did."""
+    token = _played.set(comm)
+    try:
+        yield
+    finally:
+        _played.reset(token)
+
+
 _world: Communicator | None = None
+_played: ContextVar[Communicator | None] = ContextVar("played", default=None)
 
 
 def _connect() -> Communicator:
