@@ -19,7 +19,7 @@ from distprop import nn, numbers, optim
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, run_threads, world
 from distprop.config import Config, Model, Optim, Train
-from distprop.fingerprint import DivergenceError
+from distprop.fingerprint import DivergenceError, compare, read
 from distprop.job import train_from_config
 from distprop.random import Stream, generator
 from distprop.replay import Replayed, ReplayError, plan, replay
@@ -219,6 +219,15 @@ def test_a_run_of_several_calls_of_fit_is_made_again_from_the_beginning(tmp_path
     made = replay(wanted)
     assert "parameters (7 steps): those of fingerprints.jsonl, to the bit" in made.summary
     assert made.arrays["indices"].max() < 12
+
+
+@pytest.mark.parametrize("steps", [6, 7], ids=["at the end of an epoch", "within one"])
+def test_a_run_that_is_resumed_in_the_default_mode_has_the_bits_of_one_that_is_not(steps: int, tmp_path: Path) -> None:
+    run_threads(RANKS, lambda comm: train(tmp_path / "whole", comm, fingerprint=True, checkpoint_every=1))
+    for last in (steps, 10):
+        options = {"fingerprint": True, "checkpoint_every": 1, "resume": True, "steps": last}
+        run_threads(RANKS, lambda comm, options=options: train(tmp_path / "resumed", comm, **options))
+    assert compare(read(tmp_path / "whole"), read(tmp_path / "resumed")) is None
 
 
 def test_a_resumed_run_is_replayed_on_the_ranks_that_made_the_step(tmp_path: Path) -> None:
