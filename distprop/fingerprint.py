@@ -184,7 +184,7 @@ def replay_advice(run_dir: Path | None, step: int, rank: int, other: Path | None
     command = f"distprop replay {run_dir} --step {step} --rank {rank}"
     if other is not None:
         command = f"distprop replay {other} --step {step} --rank {rank}, then {command} --compare "
-        command += str(other / "replay" / f"step-{step}-rank-{rank}.npz")
+        command += f"{other / 'replay' / f'step-{step}-rank-{rank}.npz'}, and so for the other ranks"
     return f"To see that step's numbers: {command}"
 
 

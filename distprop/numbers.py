@@ -28,7 +28,7 @@ def load(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:  # of an .npy file there is no context
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:  # an .npy file's array is no context
         raise NumbersError(f"{path} is not an .npz file that distprop replay has saved: {error}") from error
 
 

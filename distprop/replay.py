@@ -47,6 +47,7 @@ _IDENTITY = (
     "examples",
     "model",
     "optimizer",
+    "loss",
 )
 
 
@@ -120,7 +121,11 @@ def plan(run_dir: Path, step: int, rank: int, *, script: Path | None = None, pro
     if not run.sessions:
         raise ReplayError(f"{run_dir} has no {RUN}, so nobody knows what was run there; a run of now has one")
     last = max((line["step"] for line in run.steps), default=0) + (run.state != "finished")  # that which failed
-    if not 1 <= step <= last:
+    if step > last and run.state in ("going", "died"):  # killed, perhaps, before the last lines were written
+        remarks.append(
+            f"step {step} is not in metrics.jsonl, which ends with step {last - 1}; it may come all the same"
+        )
+    elif not 1 <= step <= last:
         raise ReplayError(f"--step {step}: the run in {run_dir} made the steps 1 to {last}")
     session = session_at(run.sessions, step)
     if session is None or not isinstance(session.get("ranks"), int) or "program" not in session:
