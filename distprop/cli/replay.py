@@ -40,6 +40,8 @@ def replay(run: Path, step: int, rank: int, interactive: bool, other: Path | Non
         of_other = numbers.load(other) if other is not None else None
         for remark in wanted.remarks:
             click.echo(f"distprop: {remark}", err=True)
+        if (steps := wanted.step - wanted.begins) > 1:
+            click.echo(f"distprop: makes {steps} steps on {wanted.size} ranks, from step {wanted.begins}", err=True)
         made = make(wanted)
     except (ReplayError, numbers.NumbersError, OSError) as error:
         raise Refusal(str(error)) from error
