@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import threading
@@ -121,13 +122,13 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def newest(root: Path, report: Callable[[str], object]) -> Checkpoint | None:
-    """The newest whole checkpoint in `root`, or None if there is none; `report` is told of each damaged one.
+def newest(root: Path, report: Callable[[str], object], before: float = math.inf) -> Checkpoint | None:
+    """The newest whole checkpoint in `root` of a step `before` that, or None; `report` is told of each damaged one.
 
     Raises:
         CheckpointError: there are some, but all of them are damaged.
     """
-    folders = sorted(_folders(root), reverse=True)
+    folders = sorted(((step, folder) for step, folder in _folders(root) if step < before), reverse=True)
     for _, folder in folders:
         try:
             return read(folder)

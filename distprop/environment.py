@@ -31,6 +31,34 @@ def environment() -> dict[str, Any]:
     }
 
 
+def program() -> dict[str, Any] | None:
+    """What this process runs, so that it can be run again: a script or a module, its arguments, and its text's hash.
+
+    None at a prompt and for `python -c`.
+    """
+    main = sys.modules.get("__main__")
+    path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if path is None:
+        return None
+    return {
+        "script": os.path.abspath(path),
+        "module": spec.name if spec is not None else None,
+        "arguments": sys.argv[1:],
+        "sha256": file_hash(path),
+    }
+
+
+def file_hash(path: str) -> str | None:
+    """The SHA-256 of a file, None if it cannot be read."""
+    import hashlib  # loads OpenSSL, which a run without a folder does not need
+
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
 def blas_description() -> str:
     """Which BLAS runs, with which kernels and how many threads."""
     import threadpoolctl

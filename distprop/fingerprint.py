@@ -64,7 +64,7 @@ class Fingerprints:
             self._named = path.exists() and path.stat().st_size > 0
         self._last = step
         self._steps.append(step)
-        self._rows.append(np.array([checksum(array) for array in self._model.state_dict().values()], np.uint32))
+        self._rows.append(layer_hashes(self._model))
         if len(self._rows) == COMPARE_EVERY:
             self.flush()
 
@@ -88,7 +88,8 @@ class Fingerprints:
         self._comm.barrier()  # the first rank that raises ends the job, and rank 0 is to have written by then
         where = first_difference(Record(tuple(self._model.state_dict()), hashes))
         culprits = tuple(rank for rank, row in enumerate(rows) if not np.array_equal(row, usual))
-        raise DivergenceError(f"the ranks no longer have the same parameters: {where}", culprits)
+        advice = f". {replay_advice(self._run_dir, where.step, where.rank)}" if where is not None else ""
+        raise DivergenceError(f"the ranks no longer have the same parameters: {where}{advice}", culprits)
 
     def __enter__(self) -> Self:
         return self
@@ -150,8 +151,41 @@ class Record:
     steps: Mapping[int, Hashes]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A place where ranks, or runs, differ first: `text` says it, after `step` updates; `rank` is one to look at."""
+
+    step: int
+    rank: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class RecordError(ValueError):
     """There are no fingerprints to read or to compare; says what to do."""
+
+
+def layer_hashes(model: Module) -> Array:
+    """The hash of every parameter and buffer of `model`, `(layers,)`."""
+    return np.array([checksum(array) for array in model.state_dict().values()], np.uint32)
+
+
+def state_hash(model: Module) -> str:
+    """One hash of all parameters and buffers, as `distprop fingerprint` prints it."""
+    return Hashes(layer_hashes(model)).together
+
+
+def replay_advice(run_dir: Path | None, step: int, rank: int, other: Path | None = None) -> str:
+    """How to look into the step after which a difference was found, and to compare it with that of an `other` run."""
+    if run_dir is None or step < 1:
+        return ""
+    command = f"distprop replay {run_dir} --step {step} --rank {rank}"
+    if other is not None:
+        command = f"distprop replay {other} --step {step} --rank {rank}, then {command} --compare "
+        command += f"{other / 'replay' / f'step-{step}-rank-{rank}.npz'}, and so for the other ranks"
+    return f"To see that step's numbers: {command}"
 
 
 def read(run_dir: Path) -> Record:
@@ -183,16 +217,17 @@ def read(run_dir: Path) -> Record:
     return Record(layers, steps)
 
 
-def first_difference(record: Record) -> str | None:
+def first_difference(record: Record) -> Difference | None:
     """Where the ranks of a run first differ from one another, or None."""
     for step, hashes in sorted(record.steps.items()):
         if hashes.ranks:
             place, rank = _first_rank(hashes)
-            return f"the first difference is at step {step}, layer {record.layers[place]}, rank {rank}"
+            where = f"the first difference is at step {step}, layer {record.layers[place]}, rank {rank}"
+            return Difference(step, rank, where)
     return None
 
 
-def compare(first: Record, second: Record) -> str | None:
+def compare(first: Record, second: Record) -> Difference | None:
     """Where two runs first differ, or their ranks from one another; None if they agree at all steps of both.
 
     Raises:
@@ -212,9 +247,10 @@ def compare(first: Record, second: Record) -> str | None:
             if own.ranks:  # the cause: in the update after it all ranks differ from the other run
                 place, rank = _first_rank(own)
                 right = own.ranks[rank][place] == usual[place] != own.layers[place]
-                return f"{where}{first.layers[place]}, {'all but ' if right else ''}rank {rank} of the {name} run"
+                who = f"{'all but ' if right else ''}rank {rank} of the {name} run"
+                return Difference(step, rank, f"{where}{first.layers[place]}, {who}")
         if any(one.layers != other.layers):
-            return f"{where}{first.layers[_first(one.layers, other.layers)]}, all ranks"
+            return Difference(step, 0, f"{where}{first.layers[_first(one.layers, other.layers)]}, all ranks")
     return None
 
 

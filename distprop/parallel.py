@@ -134,7 +134,9 @@ class DataParallel:
         self._examples_given: float | None = None
         self._walking = False  # a backward pass is under way
         self._examples = 0.0  # since the last reduction, on this rank
-        self._expected = 1.0  # examples of all ranks in one backward pass: gradients start from a rank's share of them
+        # Of all ranks in one backward pass; gradients start from a rank's share of them. A resumed run goes on with it,
+        # or its gradients would be rounded otherwise.
+        self.expected_examples = 1.0
         self._backwards = 0
         self._verify_due = False
         self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
@@ -275,7 +277,7 @@ class DataParallel:
                 parameter.grad = None
         self._walking = True
         here.at(recorder.BACKWARD)
-        return (examples if self._examples_given is None else self._examples_given) / self._expected
+        return (examples if self._examples_given is None else self._examples_given) / self.expected_examples
 
     def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once
@@ -334,12 +336,12 @@ class DataParallel:
         place = f"rank {self.comm.rank} is at reduction {self.reductions} after {self._backwards} backward passes"
         received = read_lane(self._buffer.lane, senders, self._sending, place)
         self.received = {"examples": received.examples, **received.numbers}
-        scale = self._expected * received.backwards / received.examples if received.examples else 0
+        scale = self.expected_examples * received.backwards / received.examples if received.examples else 0
         if scale != 1:
             self._buffer.grad *= self._buffer.grad.dtype.type(scale)
             self._sum.rescale(scale)
         if self._tree is None and received.examples:  # with shards no step may depend on the one before: see `resume`
-            self._expected = received.examples / received.backwards
+            self.expected_examples = received.examples / received.backwards
         if self._kept is not None:
             self._buffer.grad += self._kept
         if self._statistics.size:

@@ -72,7 +72,7 @@ class RunCheckpoints:
                 f"{root} holds checkpoints of another run; pass resume=True to go on with it, or move it away"
             )
         if found is not None:
-            self._restore(found)
+            self.restore(found)
             if not quiet and self._comm.rank == 0:
                 print(f"resuming {self._run_dir} at step {found.step}", flush=True)
         step = found.step if found is not None else 0
@@ -83,6 +83,18 @@ class RunCheckpoints:
             self._writer = self._new_writer(root, self._run_dir)
             self._writer.best_step = found.state["best_step"] if found is not None else None
         return found
+
+    def restore(self, found: Checkpoint) -> None:
+        """Load model and optimizer; ValueError if it is of a run with other settings."""
+        different = [
+            f"{name} was {found.state.get(name)}, is {value}"
+            for name, value in self._identity.items()
+            if found.state.get(name) != value
+        ]
+        if different:
+            raise ValueError(f"cannot resume from step {found.step} with other settings: {'; '.join(different)}")
+        self._model.load_state_dict(found.tensors["model"])
+        self._optimizer.load_state_dict({**found.state["optimizer"], "arrays": found.tensors["optimizer"]})
 
     @property
     def seconds(self) -> float:
@@ -120,17 +132,6 @@ class RunCheckpoints:
         size = 3 * sum(parameter.data.nbytes for parameter in self._model.parameters())  # with an optimizer's state
         writer.seconds = size / DISK_BYTES_PER_SECOND
         return writer
-
-    def _restore(self, found: Checkpoint) -> None:
-        different = [
-            f"{name} was {found.state.get(name)}, is {value}"
-            for name, value in self._identity.items()
-            if found.state.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"cannot resume from step {found.step} with other settings: {'; '.join(different)}")
-        self._model.load_state_dict(found.tensors["model"])
-        self._optimizer.load_state_dict({**found.state["optimizer"], "arrays": found.tensors["optimizer"]})
 
 
 def _warn(message: str) -> None:

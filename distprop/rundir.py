@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distprop.comm import Communicator
-from distprop.environment import environment
+from distprop.environment import environment, program
 from distprop.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def session(run_dir: Path | None, comm: Communicator, settings: Mapping[str, Any
     earlier: list[dict[str, Any]] = []
     with suppress(RunDirError):
         earlier = read_sessions(run_dir)
-    entry = {"began": _now(), "ranks": comm.size, "hosts": hosts, **settings, "environment": environment()}
+    entry = {"began": _now(), "ranks": comm.size, "hosts": hosts, **settings}
+    entry |= {"program": program(), "environment": environment()}
     _write(run_dir, [*earlier, entry])
     try:
         yield
@@ -141,12 +142,15 @@ def read_sessions(path: Path) -> list[dict[str, Any]]:
     return sessions
 
 
+def session_at(sessions: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The call of `fit` that made update number `step`, the last one if there were several."""
+    return next((entry for entry in reversed(sessions) if entry.get("from_step", 0) < step), None)
+
+
 def ranks_at(sessions: list[dict[str, Any]], step: int) -> int | None:
     """On how many ranks update number `step` was made, if the folder says so."""
-    for entry in reversed(sessions):
-        if entry.get("from_step", 0) < step:
-            return int(entry["ranks"])
-    return None
+    entry = session_at(sessions, step)
+    return None if entry is None else int(entry["ranks"])
 
 
 def _sort_lines(run: Run, content: bytes) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
 from distprop.evaluation import evaluate
-from distprop.fingerprint import Fingerprints
+from distprop.fingerprint import Fingerprints, state_hash
 from distprop.live import Plan, show_progress
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
@@ -29,6 +30,7 @@ from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress
+from distprop.repeat import advise, repeating
 from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
 from distprop.stopping import REPORT, Report, StopRequest, resume_forced
@@ -146,6 +148,11 @@ class Trainer:
         if profile < 0 or (profile and run_dir is None):
             raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
         _check_optimizer(optimizer, model)
+        self._repeat = repeating.get() if run_dir is not None else None
+        repeated_dir = run_dir
+        if self._repeat is not None:  # nothing is written into the folder of a run that is repeated
+            run_dir = checkpoint_every = None
+            fingerprint = profile = progress = False
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.shards = shards if deterministic else None
@@ -176,6 +183,11 @@ class Trainer:
         self._stop_request = StopRequest()
         self._checkpoints = RunCheckpoints(model, optimizer, self.comm, self.run_dir, self._identity(), self._report)
         found = self._checkpoints.open(resume or resume_forced(), checkpoint_every is not None, quiet=not progress)
+        if self._repeat is not None and repeated_dir is not None:
+            found = self._repeat.begin(self, repeated_dir)
+            if found is not None:
+                self._checkpoints.restore(found)
+        self._fits = 0  # calls of fit so far
         self._resumed = found is not None
         if found is not None:
             self._restore(found.step, found.state)
@@ -213,7 +225,11 @@ class Trainer:
         results: list[EpochResult] = []
         logs = [callback for callback in self.callbacks if hasattr(callback, "log")]
         self._metrics = MetricsFile(self.run_dir, logs) if self.comm.rank == 0 else MetricsFile(None)
-        noted = session(self.run_dir, self.comm, self._settings(dataset, epochs, steps))
+        self._fits += 1
+        settings = self._settings(dataset, epochs, steps)
+        if self._repeat is not None:
+            self._repeat.check(self, settings)
+        noted = session(self.run_dir, self.comm, settings)
         plan = Plan(int(total), len(loader), self.epoch, self.batch)
         progress_shown = show_progress(self._progress and self.comm.rank == 0, plan, self._timeline)
         with (
@@ -248,7 +264,8 @@ class Trainer:
         self.model.train()
         here.at(recorder.DATA, self.step + 1)
         for batch in self._timeline.waiting(loader.batches(self.epoch, self.batch)):
-            result = self._step(batch, loader.rows(self.batch))
+            make = partial(self._step, batch, loader.rows(self.batch))
+            result = make() if self._repeat is None else self._repeat.step(self, loader, batch, make)
             here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
             self.batch += 1
@@ -309,8 +326,9 @@ class Trainer:
                 self._forward_backward(batch, random.place().first_row)
             else:
                 self._shard_by_shard(batch, rows, self.shards)
-        except NonFiniteGradientError:
+        except NonFiniteGradientError as error:
             self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
+            advise(error, self.run_dir, self.step + 1, error.culprits)
             raise
         self._timeline.add("reduction", *self.parallel.reduced, inside=None if self.shards else "backward")
         received = self.parallel.received
@@ -367,12 +385,14 @@ class Trainer:
         if received["bad"]:
             culprits = (int(received["bad_rank"]),) if received["bad"] == 1 else ()
             who = f"rank {culprits[0]}" if culprits else f"{received['bad']:.0f} ranks"
-            raise NonFiniteLossError(
+            error = NonFiniteLossError(
                 f"step {self.step + 1} (epoch {self.epoch + 1}): the loss is not finite on {who} of {self.comm.size}; "
                 "nothing was updated. "
                 "Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data",
                 culprits,
-            ) from None
+            )
+            advise(error, self.run_dir, self.step + 1, culprits or (0,))
+            raise error from None
 
     # --- what is kept
 
@@ -390,6 +410,7 @@ class Trainer:
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "fit_began": list(self._fit_began),
+            "expected_examples": self.parallel.expected_examples,
         }
         with self._timeline("checkpoint"):
             self._checkpoints.write(self.step, state, best, final)
@@ -398,6 +419,7 @@ class Trainer:
         """Go on from what `_save` has written; model and optimizer have been restored."""
         self.step, self.epoch, self.batch = step, state["epoch"], state["batch"]
         self.parallel.reductions = self.step
+        self.parallel.expected_examples = state.get("expected_examples", 1.0)
         self._sums = EpochSums(**state["epoch_sums"])
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
         began_epoch, began_step = state["fit_began"]
@@ -406,7 +428,10 @@ class Trainer:
     def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """What a reader of the run's folder wants to know of this call of `fit`."""
         return {
+            "run_dir": str(self.run_dir),
+            "fit": self._fits,
             "from_step": self.step,
+            "state": state_hash(self.model),
             "model": repr(self.model),
             "parameters": sum(parameter.data.size for parameter in self.model.parameters()),
             "optimizer": type(self.optimizer).__name__,

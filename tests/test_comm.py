@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from communicator_suite import suite
-from distprop.comm import CollectiveError, SoloCommunicator, run_threads
+from distprop.comm import CollectiveError, SoloCommunicator, play, run_threads, world
 from scenario import run
 
 # The table of communicators that live in one process: a world of one, and threads. tests/parallel has MPI's row.
@@ -129,6 +129,44 @@ def test_ranks_that_disagree_are_told_so(first, other):
 def test_a_rank_that_never_comes_ends_the_wait():
     with pytest.raises(CollectiveError, match=r"could not complete barrier: no answer in 0\.2 s"):
         run_threads(2, lambda comm: comm.barrier() if comm.rank else None, timeout_seconds=0.2)
+
+
+def test_a_barrier_that_all_have_reached_is_passed_although_one_fails_after_it():
+    passed = []
+
+    def fail_after(comm):
+        comm.barrier()
+        if comm.rank == 2:
+            raise KeyError("the cause")
+        passed.append(comm.rank)
+
+    for _ in range(50):
+        with pytest.raises(KeyError):
+            run_threads(4, fail_after)
+    assert len(passed) == 150
+
+
+def test_ranks_that_work_one_at_a_time_may_share_a_generator_between_collectives():
+    def draw(comm):
+        np.random.seed(3)
+        drawn = []
+        for _ in range(4):
+            time.sleep(0.002)  # another rank would come in between
+            drawn.append(np.random.random())
+        comm.barrier()
+        return drawn
+
+    drawn = run_threads(3, draw, None, one_at_a_time=True)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_played_world_is_that_of_the_thread():
+    def look(comm):
+        with play(comm):
+            inside = world()
+        return inside is comm, world() is comm
+
+    assert run_threads(3, look) == [(True, False)] * 3
 
 
 def test_no_thread_is_left_behind():

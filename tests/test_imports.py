@@ -21,9 +21,10 @@ FLOORS = [
     {"parallel", "fixed_tree", "lane", "message_sum", "running"},
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
-    | {"run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"},
+    | {"repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"},
     {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
-    {"forecast", "predict", "doctor", "report", "stylesheet", "svg", "trace"},
+    {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun"}
+    | {"stylesheet", "svg", "trace"},
     {"cli", "__main__"},
 ]
 

@@ -6,6 +6,7 @@ import click
 
 from distprop.cli.benchmarks import bench
 from distprop.cli.machine import doctor_command, predict_command
+from distprop.cli.replay import replay
 from distprop.cli.results import export, fingerprint, report, trace
 from distprop.cli.run import run_command, train_command
 
@@ -16,5 +17,17 @@ def main() -> None:
     """Data-parallel training on CPUs: NumPy and MPI."""
 
 
-for command in (run_command, train_command, doctor_command, predict_command, report, trace, export, fingerprint, bench):
+_COMMANDS = (
+    run_command,
+    train_command,
+    doctor_command,
+    predict_command,
+    report,
+    trace,
+    export,
+    fingerprint,
+    replay,
+    bench,
+)
+for command in _COMMANDS:
     main.add_command(command)

@@ -19,7 +19,7 @@ def fingerprint(run: Path, other: Path | None) -> None:
     The lines of RUN can be compared with those of another run by `diff`. With OTHER, the first step, the first layer
     and the first rank that differ are named instead. The exit status is 1 if the runs, or the ranks of one, differ.
     """
-    from distprop.fingerprint import RecordError, compare, first_difference, read
+    from distprop.fingerprint import RecordError, compare, first_difference, read, replay_advice
 
     try:
         record = read(run)
@@ -36,7 +36,9 @@ def fingerprint(run: Path, other: Path | None) -> None:
     except RecordError as error:
         raise Refusal(str(error)) from error
     if difference is not None:
-        click.echo(difference, err=True)
+        click.echo(str(difference), err=True)
+        if advice := replay_advice(run, difference.step, difference.rank, other):
+            click.echo(advice, err=True)
         sys.exit(1)
 
 

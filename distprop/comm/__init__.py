@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +24,7 @@ __all__ = [
     "LauncherMismatchError",
     "SoloCommunicator",
     "ThreadCommunicator",
+    "play",
     "run_threads",
     "started_by",
     "world",
@@ -55,12 +59,25 @@ def world() -> Communicator:
         ValueError: DISTPROP_TIMEOUT is no number of seconds.
     """
     global _world
+    if (played := _played.get()) is not None:
+        return played
     if _world is None:
         _world = _connect()
     return _world
 
 
+@contextmanager
+def play(comm: Communicator) -> Iterator[None]:
+    """Inside, in this thread, `world()` is `comm`: how one process repeats what several did."""
+    token = _played.set(comm)
+    try:
+        yield
+    finally:
+        _played.reset(token)
+
+
 _world: Communicator | None = None
+_played: ContextVar[Communicator | None] = ContextVar("played", default=None)
 
 
 def _connect() -> Communicator:

@@ -2,12 +2,17 @@
 
 Each collective is two barriers: all have put down what they bring; all have taken what they want. A rank that raises
 breaks the barrier, so the others raise as well instead of waiting for ever.
+
+A replay runs a whole program in each of them, one at a time: a rank has the interpreter for itself until it waits in a
+collective. So code that was written for a process of its own, with a global random generator or a cache, is none the
+worse for it, and what happens is the same every time.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,23 +27,26 @@ Result = TypeVar("Result")
 def run_threads(
     size: int,
     function: Callable[[ThreadCommunicator], Result],
-    timeout_seconds: float = 60,
+    timeout_seconds: float | None = 60,
     *,
     share_memory: bool = False,
+    one_at_a_time: bool = False,
 ) -> list[Result]:
     """Call `function(comm)` on `size` ranks at once and return the results by rank.
 
-    With `share_memory` they see each other's messages, as ranks of one node do. The first exception of any rank (by
-    time) is raised here once all threads have ended.
+    With `share_memory` they see each other's messages, as ranks of one node do. With `one_at_a_time` one rank works
+    while the others wait; in collectives they change. No `timeout_seconds` means to wait for ever. The first exception
+    of any rank (by time) is raised here once all threads have ended.
     """
     meeting = _Meeting(size, timeout_seconds, share_memory)
     results: dict[int, Result] = {}
 
     def body(rank: int) -> None:
-        try:
-            results[rank] = function(ThreadCommunicator(meeting, rank))
-        except BaseException as error:
-            meeting.fail(rank, error)
+        with meeting.turn if one_at_a_time else nullcontext():
+            try:
+                results[rank] = function(ThreadCommunicator(meeting, rank))
+            except BaseException as error:
+                meeting.fail(rank, error)
 
     threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
     for thread in threads:
@@ -123,26 +131,42 @@ class ThreadCommunicator:
 
 
 class _Meeting:
-    """What the ranks of one world share."""
+    """What the ranks of one world share.
 
-    def __init__(self, size: int, timeout_seconds: float, share_memory: bool) -> None:
+    A barrier that all have reached counts as passed, also for a rank that has not woken up when another one fails after
+    it; `threading.Barrier` would break there.
+    """
+
+    def __init__(self, size: int, timeout_seconds: float | None, share_memory: bool) -> None:
         if size < 1:
             raise ValueError(f"a world has 1 rank or more, got {size}")
         self.size, self.share_memory = size, share_memory
         self.brought: list[Any] = [None] * size
         self.error: BaseException | None = None
+        self.turn = threading.Condition()  # a rank that works alone holds it, and lets go of it to wait
         self._timeout_seconds = timeout_seconds
-        self._barrier = threading.Barrier(size)
+        self._arrived = 0
+        self._passed = 0  # barriers so far
 
     def wait(self, rank: int, call: tuple[Any, ...]) -> None:
-        try:
-            self._barrier.wait(self._timeout_seconds)
-        except threading.BrokenBarrierError:
-            reason = f"another rank failed: {self.error!r}" if self.error else f"no answer in {self._timeout_seconds} s"
-            raise CollectiveError(f"rank {rank} could not complete {call[0]}: {reason}") from None
+        with self.turn:
+            number = self._passed
+            if self.error is None:
+                self._arrived += 1
+            if self._arrived == self.size:
+                self._arrived, self._passed = 0, number + 1
+                self.turn.notify_all()
+            self.turn.wait_for(lambda: self._passed > number or self.error is not None, self._timeout_seconds)
+            if self._passed == number:
+                failed = f"another rank failed: {self.error!r}"
+                reason = failed if self.error is not None else f"no answer in {self._timeout_seconds} s"
+                raise CollectiveError(f"rank {rank} could not complete {call[0]}: {reason}")
 
     def fail(self, rank: int, error: BaseException) -> None:
-        if self.error is None or (isinstance(self.error, CollectiveError) and not isinstance(error, CollectiveError)):
-            error.add_note(f"raised on rank {rank} of {self.size}")
-            self.error = error
-        self._barrier.abort()
+        with self.turn:
+            if self.error is None or (
+                isinstance(self.error, CollectiveError) and not isinstance(error, CollectiveError)
+            ):
+                error.add_note(f"raised on rank {rank} of {self.size}")
+                self.error = error
+            self.turn.notify_all()
