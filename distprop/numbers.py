@@ -36,8 +36,8 @@ def table(arrays: Mapping[str, Array], kinds: Mapping[str, str] | None = None) -
     """A line for each array: its shape, and norm, mean, least and largest of its finite numbers, and how many are not.
 
     >>> print(table({"loss": np.array(0.5)}))
-          shape   norm    mean    min    max  NaN  inf
-    loss  ()       0.5     0.5    0.5    0.5    0    0
+          shape  norm  mean  min  max  NaN  inf
+    loss  ()      0.5   0.5  0.5  0.5    0    0
     """
     rows: list[tuple[str, ...]] = [("", "shape", *_COLUMNS)]
     for name, array in arrays.items():
@@ -84,11 +84,11 @@ def _difference(one: Array, other: Array) -> tuple[str, ...] | None:
         return "", "", "", *(f"{shape} {array.dtype}" for shape, array in zip(shapes, (one, other), strict=True)), ""
     if one.tobytes() == other.tobytes():
         return None
+    x, y = one.astype(np.float64), other.astype(np.float64)
     with np.errstate(all="ignore"):
-        apart = np.abs(one.astype(np.float64) - other.astype(np.float64))
-    apart[np.isnan(one.astype(np.float64)) & np.isnan(other.astype(np.float64))] = 0
+        apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
     place = np.unravel_index(int(np.argmax(np.where(np.isnan(apart), np.inf, apart))), one.shape)
-    size = np.linalg.norm(one.astype(np.float64).ravel())
+    size = np.linalg.norm(x.ravel())
     relative = float(np.linalg.norm(apart.ravel()) / size) if size else np.inf
     index = str(tuple(int(i) for i in place)).replace(" ", "")
     return shapes[0], _short(apart[place]), index, _short(one[place]), _short(other[place]), _short(relative)
