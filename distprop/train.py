@@ -22,6 +22,7 @@ from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints
+from distprop.health import EVERY, Health, Look
 from distprop.live import Plan, show_progress
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
@@ -35,6 +36,7 @@ from distprop.stopping import REPORT, Report, StopRequest, resume_forced
 from distprop.tape import Array
 from distprop.tensor import Tensor
 from distprop.timeline import STEPS, Profile, Timeline
+from distprop.verdicts import Diagnosis, Verdict
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
@@ -94,6 +96,9 @@ class Trainer:
             16 steps; see `distprop fingerprint`. By default in deterministic mode, if there is a `run_dir`.
         profile: record the time line of every rank in `trace.json` in `run_dir`, of the next so many steps of `fit`, or
             of 200 if True; Perfetto opens it, `distprop trace` sums it up.
+        health: look at the gradients, the weights and the units of every layer each time so many steps have been made,
+            of 50 if True, and more often at first; False or 0 for never. The numbers go into `metrics.jsonl`; what is
+            wrong is said once, and kept in `verdicts`. See docs/insight.md.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all. One with a method `log` gets every line of `metrics.jsonl`, on rank 0: docs/insight.md.
         progress: a live view on rank 0's terminal, plain lines elsewhere.
@@ -129,6 +134,7 @@ class Trainer:
         resume: bool = False,
         fingerprint: bool | None = None,
         profile: bool | int = False,
+        health: bool | int = True,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -145,6 +151,8 @@ class Trainer:
             raise ValueError("fingerprint=True needs a run_dir")
         if profile < 0 or (profile and run_dir is None):
             raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
+        if health < 0:
+            raise ValueError(f"health is a number of steps, 0 or more, or True; got {health}")
         _check_optimizer(optimizer, model)
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -152,7 +160,10 @@ class Trainer:
         if deterministic:
             _limit_blas_to_one_thread()
         fingerprint = deterministic and run_dir is not None if fingerprint is None else fingerprint
-        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire)
+        self._health = Health(model, self.comm, EVERY if health is True else int(health), accumulate)
+        self.verdicts: list[Verdict] = []  # what was wrong so far
+        self._diagnosis = Diagnosis(clipped=clip_norm is not None)
+        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire, passengers=self._health)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
@@ -248,13 +259,19 @@ class Trainer:
         self.model.train()
         here.at(recorder.DATA, self.step + 1)
         for batch in self._timeline.waiting(loader.batches(self.epoch, self.batch)):
-            result = self._step(batch, loader.rows(self.batch))
+            try:
+                result = self._step(batch, loader.rows(self.batch))
+            except (NonFiniteLossError, NonFiniteGradientError):
+                self._tell(self._health.failed(self.step + 1, self.optimizer.lr), progress)
+                raise
             here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
             self.batch += 1
             self._sums.add(result)
             self._metrics.write_step(result)
             progress.step(result)
+            if look := self._health.take(result):
+                self._tell(look, progress)
             stopped = self._ask_callbacks(result)
             if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.batch < len(loader):
                 self._save()
@@ -291,6 +308,16 @@ class Trainer:
             self._save(best=best)
         return result
 
+    def _tell(self, look: Look, progress: Progress) -> None:
+        """The numbers of a look, and what is wrong by them, to everybody who wants to know."""
+        line = look.line()
+        self._metrics.write(line)
+        progress.health(line)
+        for verdict in self._diagnosis.add(look):
+            self.verdicts.append(verdict)
+            self._metrics.write(verdict.line())
+            progress.verdict(verdict.text)
+
     def _ask_callbacks(self, result: StepResult) -> bool:
         """Whether a callback on any rank wants to stop; costs one small Allreduce, and only if there are callbacks."""
         if not self.callbacks:
@@ -305,10 +332,11 @@ class Trainer:
         began = time.perf_counter_ns()
         self.optimizer.zero_grad()
         try:
-            if self.shards is None:
-                self._forward_backward(batch, random.place().first_row)
-            else:
-                self._shard_by_shard(batch, rows, self.shards)
+            with self._health.looking(self.step + 1):
+                if self.shards is None:
+                    self._forward_backward(batch, random.place().first_row)
+                else:
+                    self._shard_by_shard(batch, rows, self.shards)
         except NonFiniteGradientError:
             self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
             raise
@@ -316,10 +344,12 @@ class Trainer:
         received = self.parallel.received
         self._refuse_non_finite(received)
         lr = self.optimizer.lr
+        self._health.before_update()
         with self._timeline("update"):
             if self.clip_norm is not None:
                 clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
             self.optimizer.step()
+        self._health.after_update()
         self.step += 1
         examples = received["examples"]
         metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
@@ -352,6 +382,7 @@ class Trainer:
             if loss.data.size != 1:
                 raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
             tally.add(loss.item(), output, target, len(target))
+            self._health.predictions(output, target)
             weighed = loss if self.accumulate == 1 else loss / self.accumulate
             if number < self.accumulate - 1:
                 with self._timeline("backward"), self.parallel.no_sync():

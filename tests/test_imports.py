@@ -21,7 +21,8 @@ FLOORS = [
     {"parallel", "fixed_tree", "lane", "message_sum", "running"},
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
-    | {"run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"},
+    | {"run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"}
+    | {"health", "verdicts"},
     {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
     {"forecast", "predict", "doctor", "report", "stylesheet", "svg", "trace"},
     {"cli", "__main__"},
