@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from distprop.comm import Communicator
 from distprop.comm.recorder import here
+from distprop.look import Favourite, Look, ParameterHealth, UnitsHealth
 from distprop.metrics import StepResult
 from distprop.nn.embedding import Embedding
 from distprop.nn.layers import ReLU, Sigmoid, Tanh
@@ -31,91 +32,6 @@ UNITS = 256  # of a layer that has more, so many are looked at, evenly spread
 CLASSES = 64  # with more, predictions are not counted
 SMOOTHED = 10  # looks that the noise scale is a mean over; one alone is off by its own size
 _HEAD = 2  # numbers of each watched module before those of its units
-
-
-@dataclass(frozen=True)
-class ParameterHealth:
-    """Numbers of one parameter; a norm that is not finite is that of a gradient that is not.
-
-    Attributes:
-        grad_norm: ‖∂L/∂w‖ of the mean gradient, before clipping.
-        weight_norm: ‖w‖ before the update.
-        update_ratio: ‖Δw‖ / ‖w‖; NaN where w is 0, as biases are at first.
-        learning_speed: ‖∂L/∂b‖ of the bias of the same layer (Nielsen, chapter 5), if it has one.
-        is_matrix: weights of two axes or more; no biases or scales, and no embedding, of which a batch uses some rows.
-    """
-
-    grad_norm: float
-    weight_norm: float
-    update_ratio: float = math.nan
-    learning_speed: float | None = None
-    is_matrix: bool = True
-
-
-@dataclass(frozen=True)
-class UnitsHealth:
-    """Numbers of one activation.
-
-    Attributes:
-        kind: "ReLU", "Sigmoid" or "Tanh".
-        saturated: the share of sigmoid's outputs within 0.01 of 0 or 1, or of tanh's within 0.01 of -1 or 1.
-        silent: of a ReLU which units were 0 for every example of the global batch, `(units looked at,)`.
-    """
-
-    kind: str
-    saturated: float | None = None
-    silent: tuple[bool, ...] | None = None
-
-    @property
-    def dead(self) -> float | None:
-        """The share of units that were silent."""
-        return sum(self.silent) / len(self.silent) if self.silent else None
-
-
-@dataclass(frozen=True)
-class Favourite:
-    """The class that is predicted most: its number, its share of the predictions and of the targets."""
-
-    number: int
-    predicted: float
-    true: float
-
-
-@dataclass(frozen=True)
-class Look:
-    """What was seen at one step; `loss` is the mean over the steps since the look before."""
-
-    step: int
-    loss: float
-    lr: float
-    examples: int
-    parameters: Mapping[str, ParameterHealth]
-    units: Mapping[str, UnitsHealth] = field(default_factory=dict)
-    noise: tuple[float, float] | None = None  # estimates of tr(Σ), the variance of one example's gradient, and ‖G‖²
-    noise_scale: float | None = None
-    favourite: Favourite | None = None
-    compute_seconds: tuple[float, ...] = ()  # by rank
-
-    def line(self) -> dict[str, Any]:
-        """For `metrics.jsonl`; what is not finite is null, and marked as bad where it is a gradient."""
-        units = {
-            name: {key: round(v, 4) for key in ("dead", "saturated") if (v := getattr(of_one, key)) is not None}
-            for name, of_one in self.units.items()
-        }
-        line: dict[str, Any] = {
-            "step": self.step,
-            "health": {name: _as_json(of_one) for name, of_one in self.parameters.items()},
-        }
-        if units:
-            line["units"] = units
-        if self.noise_scale is not None:
-            line["noise_scale"] = _rounded(self.noise_scale)
-        if self.favourite is not None:
-            favourite = self.favourite
-            line["favourite"] = {"class": favourite.number, "predicted": favourite.predicted, "true": favourite.true}
-        if self.compute_seconds:
-            line["seconds"] = {"compute": [round(seconds, 6) for seconds in self.compute_seconds]}
-        return line
 
 
 def is_looked_at(step: int, every: int) -> bool:
@@ -193,7 +109,7 @@ class Health:
         self._clock = (0.0, 0.0)
         self._seen: dict[str, ParameterHealth] = {}
         self._before: list[Array] = []
-        self._losses: list[float] = []
+        self._losses = (0.0, 0)  # their sum and number since the last look
         self._noise: list[tuple[float, float]] = []
 
     # --- a step
@@ -265,11 +181,11 @@ class Health:
 
     def take(self, result: StepResult) -> Look | None:
         """What was seen in the step with this `result`, if it was looked at; called after every step."""
-        self._losses.append(result.loss)
+        self._losses = self._losses[0] + result.loss, self._losses[1] + 1
         if not self._looks:
             return None
         self._looks = False
-        loss, self._losses = sum(self._losses) / len(self._losses), []
+        loss, self._losses = self._losses[0] / self._losses[1], (0.0, 0)
         noise = self._noise_of(result.examples)
         start = 3
         return Look(
@@ -289,6 +205,15 @@ class Health:
         """What is to be seen of a step whose loss or gradients are not finite; there was no update."""
         self._looks = False
         return Look(step, math.nan, lr, 0, self._norms())
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what `restore` wants to see the same as if there had been no pause."""
+        return {"noise": self._noise, "losses": self._losses}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._noise = [(variance, square) for variance, square in state["noise"]]
+        self._losses = state["losses"][0], state["losses"][1]
 
     # --- reading the sums
 
@@ -381,22 +306,3 @@ class _Watched:
             units = round(mine[1] / mine[0])
             return UnitsHealth(self.kind, silent=tuple((mine[_HEAD : _HEAD + units] == 0).tolist()))
         return UnitsHealth(self.kind, saturated=float(mine[1] / mine[0]))
-
-
-def _as_json(of_one: ParameterHealth) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "grad_norm": _rounded(of_one.grad_norm),
-        "weight_norm": _rounded(of_one.weight_norm),
-    }
-    if not math.isnan(of_one.update_ratio):
-        entry["update_ratio"] = _rounded(of_one.update_ratio)
-    if of_one.learning_speed is not None:
-        entry["learning_speed"] = _rounded(of_one.learning_speed)
-    if not math.isfinite(of_one.grad_norm):
-        entry["bad"] = True
-    return entry
-
-
-def _rounded(value: float) -> float | None:
-    """Six digits, which keeps a line of 50 layers under 8 kB; None if JSON cannot say it."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -20,10 +20,12 @@ from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
+from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints
-from distprop.health import EVERY, Health, Look
+from distprop.health import EVERY, Health
 from distprop.live import Plan, show_progress
+from distprop.look import Look
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
@@ -36,7 +38,6 @@ from distprop.stopping import REPORT, Report, StopRequest, resume_forced
 from distprop.tape import Array
 from distprop.tensor import Tensor
 from distprop.timeline import STEPS, Profile, Timeline
-from distprop.verdicts import Diagnosis, Verdict
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
@@ -421,6 +422,8 @@ class Trainer:
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "fit_began": list(self._fit_began),
+            "health": self._health.state(),
+            "diagnosis": self._diagnosis.state(),
         }
         with self._timeline("checkpoint"):
             self._checkpoints.write(self.step, state, best, final)
@@ -433,6 +436,9 @@ class Trainer:
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
+        if "health" in state:
+            self._health.restore(state["health"])
+            self._diagnosis.restore(state["diagnosis"])
 
     def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """What a reader of the run's folder wants to know of this call of `fit`."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from distprop.health import EVERY, Look, ParameterHealth, is_looked_at
+from distprop.look import Look, ParameterHealth
 
 KEPT = 8  # looks
 
@@ -44,6 +44,7 @@ SETTLED = 8  # steps
 HIGH_RATIO = 0.1
 RISING_RATIO = 0.02  # if the loss has risen, too
 RISEN = 1.2  # times the first loss; single steps of small batches differ by 10 %
+JUMPED = 2.0  # times the first loss, at one look with large updates
 LARGE_RATIO = 1.0  # of any layer
 LOW_RATIO = 1e-5
 LOW_FALL = 0.02  # of the loss since the beginning, less is hardly any
@@ -54,23 +55,6 @@ COLLAPSED_STEPS = 100
 COLLAPSED = 0.99
 COLLAPSED_TRUE = 0.8
 
-WORSE = 10.0  # times, and a thing is said again
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is wrong, from `step` on. `kind` is a key of RULES; `layer` is "" if it is the whole network."""
-
-    step: int
-    kind: str
-    layer: str
-    text: str
-    severity: float = 1.0
-
-    def line(self) -> dict[str, Any]:
-        """For `metrics.jsonl`."""
-        return {"step": self.step, "verdict": {"kind": self.kind, "layer": self.layer, "text": self.text}}
-
 
 @dataclass
 class History:
@@ -78,24 +62,32 @@ class History:
 
     Attributes:
         looks: the last KEPT that are judged, the newest last.
-        losses: (step, mean loss since the look before), from the beginning.
+        losses: (step, mean loss since the look before) of the last steps, as many as `plateau` needs.
+        first_loss: that of the first look.
         first_norm: the largest gradient norm of the first three looks.
         clipped: gradients are clipped, so large ones do no harm.
     """
 
     looks: list[Look] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
+    first_loss: float = math.nan
     first_norm: float = 0.0
+    number: int = 0  # of looks so far
     clipped: bool = False
 
     def add(self, look: Look, judged: bool = True) -> None:
         """One more look; of one that is not `judged` only the loss is kept."""
         if judged:
             self.looks = [*self.looks[1 - KEPT :], look]
-        if math.isfinite(look.loss):
-            if len(self.losses) < 3:
-                self.first_norm = max(self.first_norm, gradient_norm(look))
-            self.losses.append((look.step, look.loss))
+        if not math.isfinite(look.loss):
+            return
+        if not self.number:
+            self.first_loss = look.loss
+        if self.number < 3:
+            self.first_norm = max(self.first_norm, gradient_norm(look))
+        self.number += 1
+        self.losses = [(at, loss) for at, loss in self.losses if at > look.step - 2 * STILL_STEPS]
+        self.losses.append((look.step, look.loss))
 
     def last(self, number: int) -> Sequence[Look]:
         """The newest `number` looks, or none if there are fewer."""
@@ -104,7 +96,7 @@ class History:
     @property
     def remains(self) -> float:
         """The newest loss as a share of the first."""
-        return self.losses[-1][1] / self.losses[0][1] if self.losses and self.losses[0][1] > 0 else 1.0
+        return self.losses[-1][1] / self.first_loss if self.losses and self.first_loss > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -117,34 +109,6 @@ class Finding:
 
 
 Rule: TypeAlias = Callable[[History], Finding | None]
-
-
-class Diagnosis:
-    """Goes through RULES at the looks, and says a thing once; again only if it has become ten times worse.
-
-    Rules count looks, so of looks at every step or two only those are judged that would be there by default.
-    """
-
-    def __init__(self, clipped: bool = False) -> None:
-        self.history = History(clipped=clipped)
-        self._said: dict[str, float] = {}
-
-    def add(self, look: Look) -> list[Verdict]:
-        """What is news by this look."""
-        self.history.add(look, judged := self._is_due(look))
-        if not judged:
-            return []
-        news = []
-        for kind, found in judge(self.history).items():
-            if found.severity >= WORSE * self._said.get(kind, 0.0):
-                self._said[kind] = found.severity
-                news.append(Verdict(look.step, kind, found.layer, found.text, found.severity))
-        return news
-
-    def _is_due(self, look: Look) -> bool:
-        before = self.history.looks[-1].step if self.history.looks else 0
-        failed = not math.isfinite(look.loss)
-        return failed or is_looked_at(look.step, EVERY) or look.step >= before + EVERY
 
 
 def judge(history: History) -> dict[str, Finding]:
@@ -290,18 +254,24 @@ def plateau(history: History) -> Finding | None:
 
 
 def lr_high(history: History) -> Finding | None:
-    """Updates as large as the weights, or large ones with a loss that rises, three looks in a row."""
-    looks = history.last(3)
+    """Large updates: for three looks, or with a loss that has risen for as long, or in one that has doubled it."""
+    looks = history.looks[-3:]
     ratios = [_update_ratios(look) for look in looks]
-    if not looks or looks[0].step < SETTLED or not all(ratios):
+    if not looks or not all(ratios):
         return None
-    middle = min(_median(list(of_look.values())) for of_look in ratios)
+    middle = [_median(list(of_look.values())) for of_look in ratios]
     largest = min(max(of_look.values()) for of_look in ratios)
-    rises = history.remains > RISEN and looks[-2].loss > RISEN * history.losses[0][1]
-    if middle < HIGH_RATIO and largest < LARGE_RATIO and not (rises and middle > RISING_RATIO):
+    first, losses = history.first_loss, [look.loss for look in looks]
+    risen = max(losses) > JUMPED * first and max(middle) > HIGH_RATIO
+    if len(looks) == 3 and looks[0].step >= SETTLED:
+        risen = risen or (min(losses[1:]) > RISEN * first and min(middle) > RISING_RATIO)
+        large = min(middle) > HIGH_RATIO or largest > LARGE_RATIO
+    else:
+        large = False
+    if not large and not risen:
         return None
     layer, ratio = max(ratios[-1].items(), key=lambda item: item[1])
-    loss = f"the loss went from {history.losses[0][1]:.4g} to {history.losses[-1][1]:.4g}; " if rises else ""
+    loss = f"the loss went from {first:.4g} to {max(losses):.4g}; " if risen else ""
     text = f"{loss}an update is {_short(ratio)} times as large as `{layer}`, where 0.001 is usual"
     remedy = f"try {_short(looks[-1].lr / 10)} instead of {_short(looks[-1].lr)}"
     return Finding(layer, f"learning rate too high: {text}; {remedy}", ratio)

@@ -22,7 +22,7 @@ FLOORS = [
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
     | {"run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"}
-    | {"health", "verdicts"},
+    | {"diagnosis", "health", "look", "verdicts"},
     {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
     {"forecast", "predict", "doctor", "report", "stylesheet", "svg", "trace"},
     {"cli", "__main__"},

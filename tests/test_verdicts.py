@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import distprop as dp
 from distprop import data, nn, optim
 from distprop import functional as F
-from distprop.health import Look, ParameterHealth
+from distprop.diagnosis import Diagnosis
+from distprop.look import Look, ParameterHealth
 from distprop.train import NonFiniteLossError, Trainer
-from distprop.verdicts import RULES, Diagnosis, History, advice_about_ranks, judge
+from distprop.verdicts import RULES, History, advice_about_ranks, judge
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +275,14 @@ def test_nothing_to_judge_is_no_fault():
 @pytest.mark.parametrize(("batch", "word"), [(10, "far below"), (1000, "is near"), (100_000, "far above")])
 def test_whether_more_ranks_would_help(batch, word):
     assert word in advice_about_ranks(1000, batch)
+
+
+def test_what_was_seen_and_said_survives_a_checkpoint():
+    diagnosis = Diagnosis()
+    for step in (1, 2, 4, 8):
+        diagnosis.add(look(step))
+    diagnosis.add(look(16, grad=200.0))
+    again = Diagnosis()
+    again.restore(json.loads(json.dumps(diagnosis.state())))
+    assert again.history == diagnosis.history
+    assert again.add(look(32, grad=200.0)) == []
