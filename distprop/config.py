@@ -78,6 +78,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     wire: Literal["bf16", "fp16"] | None = None  # 16 bits between nodes; float32 by default
     run_dir: str | None = None  # runs/<name of the file> by default
     checkpoint_every: Count | None = None  # steps
+    health: bool | Annotated[int, msgspec.Meta(ge=0)] = True  # steps between looks at gradients and units; true is 50
     fingerprint: bool | None = None  # a hash of every parameter after every step; by default if deterministic
 
 

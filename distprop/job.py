@@ -92,6 +92,7 @@ class Task:
             wire=train.wire,
             accumulate=train.accumulate,
             clip_norm=train.clip_norm,
+            health=train.health,
             **options,
         )
 

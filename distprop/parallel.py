@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -52,6 +52,21 @@ class NonFiniteGradientError(FloatingPointError):
         self.culprits = culprits
 
 
+class Passengers(Protocol):
+    """Someone else's numbers, `size` of them every time, that travel behind the gradients and are summed with them."""
+
+    size: int
+
+    def after_backward(self, examples: float, weight: float) -> None:
+        """The first backward pass since the last message has left `weight` times its mean gradient on this rank."""
+
+    def board(self, seats: Array) -> None:
+        """Write into `seats`, `(size,)`, which are zero; a message is about to leave."""
+
+    def alight(self, seats: Array) -> None:
+        """Read the sums over all senders."""
+
+
 class DataParallel:
     """Wraps `module` so that `loss.backward()` leaves the mean gradient over the examples of all ranks.
 
@@ -78,6 +93,7 @@ class DataParallel:
             on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
         wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, half the bytes, with error feedback (see
             `distprop.comm.wire`); None for float32. Within a node nothing is rounded. Not with `shards`.
+        passengers: what else travels with the gradients; `send` is for a few numbers, this for hundreds.
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
@@ -95,6 +111,7 @@ class DataParallel:
         verify_every: int = 100,
         shards: int | None = None,
         wire: Literal["bf16", "fp16"] | None = None,
+        passengers: Passengers | None = None,
     ) -> None:
         if wire is not None and shards is not None:
             raise ValueError(
@@ -119,6 +136,7 @@ class DataParallel:
             )
         self._compare_layout(named)
         self._statistics = RunningStatistics(module)
+        self._passengers = passengers
         self.wire, self.shards = wire, shards
         self._place_parameters()
         self._tree: FixedTree | None = None
@@ -171,7 +189,7 @@ class DataParallel:
             return self.module(*args, **kwargs)
         self._statistics.begin()
         output = self.module(*args, **kwargs)
-        self._statistics.end(examples, self._buffer.extra)
+        self._statistics.end(examples, self._buffer.extra[: self._statistics.size])
         return output
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
@@ -285,6 +303,8 @@ class DataParallel:
         self._walking = False
         self._examples += examples
         self._backwards += 1
+        if self._passengers is not None and self._backwards == 1:
+            self._passengers.after_backward(examples, examples / self.expected_examples)
         if self._syncing and self._tree is None:
             self._reduce()
         elif all(parameter.grad is None for parameter in self._trained):
@@ -296,6 +316,7 @@ class DataParallel:
             raise RuntimeError("end_shard() is for DataParallel(..., shards=n)")
         self._fill_missing()
         self._write_lane()
+        self._board()
         self._tree.add(self._buffer.message)
         self._buffer.extra[:] = 0
         for parameter in self._trained:
@@ -320,10 +341,15 @@ class DataParallel:
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
         self._write_lane()
+        self._board()
         began = time.perf_counter_ns()
         bad = self._sum.allreduce()
         self.reduced = (began, time.perf_counter_ns())
         self._finish(self.comm.size, bad)
+
+    def _board(self) -> None:
+        if self._passengers is not None:
+            self._passengers.board(self._buffer.extra[self._statistics.size :])
 
     def _write_lane(self) -> None:
         bad = self._sum.look()
@@ -345,8 +371,10 @@ class DataParallel:
         if self._kept is not None:
             self._buffer.grad += self._kept
         if self._statistics.size:
-            self._statistics.apply(self._buffer.extra)
-            self._buffer.extra[:] = 0
+            self._statistics.apply(self._buffer.extra[: self._statistics.size])
+        if self._passengers is not None:
+            self._passengers.alight(self._buffer.extra[self._statistics.size :])
+        self._buffer.extra[:] = 0
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
         self._verify_due = bool(received.verify)
@@ -382,7 +410,8 @@ class DataParallel:
 
     def _place_parameters(self) -> None:
         """Move the parameters into one buffer, and say how its message is summed."""
-        self._buffer = FlatBuffer(self._trained, self._statistics.size, self.comm.allocate)
+        extra = self._statistics.size + (self._passengers.size if self._passengers is not None else 0)
+        self._buffer = FlatBuffer(self._trained, extra, self.comm.allocate)
         self._sum = MessageSum(
             self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
         )

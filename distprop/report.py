@@ -19,6 +19,7 @@ from distprop.rundir import Run, RunDirError
 from distprop.stylesheet import STYLE
 from distprop.timeline import PHASES
 from distprop.trace import describe_path, read_trace, summarise
+from distprop.verdicts import advice_about_ranks
 
 _RUN_COLOURS = [f"var(--run{number})" for number in range(6)]
 _PHASE_COLOURS = {phase: f"var(--phase{number})" for number, phase in enumerate(PHASES)}
@@ -151,7 +152,11 @@ def _health(run: Run, number: int) -> str:
             names, title = [units[i] for i in shown], f"share of {key} units"
             charts.append(svg.heat_map(title, names, steps, values[shown], logarithmic=False))
     if any("noise_scale" in line for line in run.health):
+        scales = [_number(line["noise_scale"]) for line in run.health if "noise_scale" in line]
+        batch = _number(_session(run).get("batch_size"))
         note = "A global batch far below it gains by more ranks; far above it they are wasted."
+        if math.isfinite(scales[-1]) and math.isfinite(batch):
+            note = advice_about_ranks(scales[-1], batch)
         curve = svg.Line("noise scale", *_series(run.health, "noise_scale"), _RUN_COLOURS[number % len(_RUN_COLOURS)])
         charts.append(svg.lines("gradient noise scale, in examples", [curve], note=note))
     remark = f'<p class="note">{left_out} biases are left out of these charts.</p>' if left_out else ""

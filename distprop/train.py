@@ -21,9 +21,12 @@ from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader, share
+from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints, state_hash
+from distprop.health import EVERY, Health
 from distprop.live import Plan, show_progress
+from distprop.look import Look
 from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
 from distprop.nn.module import Module
 from distprop.optim.clip import clip_grad_norm_
@@ -96,6 +99,9 @@ class Trainer:
             16 steps; see `distprop fingerprint`. By default in deterministic mode, if there is a `run_dir`.
         profile: record the time line of every rank in `trace.json` in `run_dir`, of the next so many steps of `fit`, or
             of 200 if True; Perfetto opens it, `distprop trace` sums it up.
+        health: look at the gradients, the weights and the units of every layer each time so many steps have been made,
+            of 50 if True, and more often at first; False or 0 for never. The numbers go into `metrics.jsonl`; what is
+            wrong is said once, and kept in `verdicts`. See docs/insight.md.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all. One with a method `log` gets every line of `metrics.jsonl`, on rank 0: docs/insight.md.
         progress: a live view on rank 0's terminal, plain lines elsewhere.
@@ -131,6 +137,7 @@ class Trainer:
         resume: bool = False,
         fingerprint: bool | None = None,
         profile: bool | int = False,
+        health: bool | int = True,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -147,19 +154,24 @@ class Trainer:
             raise ValueError("fingerprint=True needs a run_dir")
         if profile < 0 or (profile and run_dir is None):
             raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
+        if health < 0:
+            raise ValueError(f"health is a number of steps, 0 or more, or True; got {health}")
         _check_optimizer(optimizer, model)
         self._repeat = repeating.get() if run_dir is not None else None
         repeated_dir = run_dir
         if self._repeat is not None:  # nothing is written into the folder of a run that is repeated
             run_dir = checkpoint_every = None
-            fingerprint = profile = progress = False
+            fingerprint = profile = progress = health = False
         self.comm = comm if comm is not None else world()
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.shards = shards if deterministic else None
         if deterministic:
             _limit_blas_to_one_thread()
         fingerprint = deterministic and run_dir is not None if fingerprint is None else fingerprint
-        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire)
+        self._health = Health(model, self.comm, EVERY if health is True else int(health), accumulate)
+        self.verdicts: list[Verdict] = []  # what was wrong so far
+        self._diagnosis = Diagnosis(clipped=clip_norm is not None)
+        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire, passengers=self._health)
         self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
@@ -265,13 +277,19 @@ class Trainer:
         here.at(recorder.DATA, self.step + 1)
         for batch in self._timeline.waiting(loader.batches(self.epoch, self.batch)):
             make = partial(self._step, batch, loader.rows(self.batch))
-            result = make() if self._repeat is None else self._repeat.step(self, loader, batch, make)
+            try:
+                result = make() if self._repeat is None else self._repeat.step(self, loader, batch, make)
+            except (NonFiniteLossError, NonFiniteGradientError):
+                self._tell(self._health.failed(self.step + 1, self.optimizer.lr), progress)
+                raise
             here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
             self.batch += 1
             self._sums.add(result)
             self._metrics.write_step(result)
             progress.step(result)
+            if look := self._health.take(result):
+                self._tell(look, progress)
             stopped = self._ask_callbacks(result)
             if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.batch < len(loader):
                 self._save()
@@ -308,6 +326,16 @@ class Trainer:
             self._save(best=best)
         return result
 
+    def _tell(self, look: Look, progress: Progress) -> None:
+        """The numbers of a look, and what is wrong by them, to everybody who wants to know."""
+        line = look.line()
+        self._metrics.write(line)
+        progress.health(line)
+        for verdict in self._diagnosis.add(look):
+            self.verdicts.append(verdict)
+            self._metrics.write(verdict.line())
+            progress.verdict(verdict.text)
+
     def _ask_callbacks(self, result: StepResult) -> bool:
         """Whether a callback on any rank wants to stop; costs one small Allreduce, and only if there are callbacks."""
         if not self.callbacks:
@@ -322,10 +350,11 @@ class Trainer:
         began = time.perf_counter_ns()
         self.optimizer.zero_grad()
         try:
-            if self.shards is None:
-                self._forward_backward(batch, random.place().first_row)
-            else:
-                self._shard_by_shard(batch, rows, self.shards)
+            with self._health.looking(self.step + 1):
+                if self.shards is None:
+                    self._forward_backward(batch, random.place().first_row)
+                else:
+                    self._shard_by_shard(batch, rows, self.shards)
         except NonFiniteGradientError as error:
             self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
             advise(error, self.run_dir, self.step + 1, error.culprits)
@@ -334,10 +363,12 @@ class Trainer:
         received = self.parallel.received
         self._refuse_non_finite(received)
         lr = self.optimizer.lr
+        self._health.before_update()
         with self._timeline("update"):
             if self.clip_norm is not None:
                 clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
             self.optimizer.step()
+        self._health.after_update()
         self.step += 1
         examples = received["examples"]
         metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
@@ -370,6 +401,7 @@ class Trainer:
             if loss.data.size != 1:
                 raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
             tally.add(loss.item(), output, target, len(target))
+            self._health.predictions(output, target)
             weighed = loss if self.accumulate == 1 else loss / self.accumulate
             if number < self.accumulate - 1:
                 with self._timeline("backward"), self.parallel.no_sync():
@@ -411,6 +443,8 @@ class Trainer:
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "fit_began": list(self._fit_began),
             "expected_examples": self.parallel.expected_examples,
+            "health": self._health.state(),
+            "diagnosis": self._diagnosis.state(),
         }
         with self._timeline("checkpoint"):
             self._checkpoints.write(self.step, state, best, final)
@@ -424,6 +458,9 @@ class Trainer:
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
+        if "health" in state:
+            self._health.restore(state["health"])
+            self._diagnosis.restore(state["diagnosis"])
 
     def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """What a reader of the run's folder wants to know of this call of `fit`."""

@@ -16,6 +16,7 @@ import numpy as np
 import distprop as dp
 from distprop import data, nn, optim
 from distprop import functional as F
+from distprop.health import learning_speeds
 
 WIDTH = 30  # of every hidden layer
 LENGTHS = (1, 5, 10, 20, 40)  # steps of the recurrent network
@@ -50,13 +51,14 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def learning_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Communicator) -> list[float]:
+def hidden_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Communicator) -> list[float]:
     """‖∂C/∂b‖ of each hidden layer, first layer first, the mean over all images of all ranks."""
     parallel = dp.DataParallel(model, comm)
     (x, y), *_ = data.Loader(images, batch_size=len(images), comm=comm, shuffle=False)
     loss = F.binary_cross_entropy_with_logits(parallel(x), np.eye(10, dtype=np.float32)[y]) * 10
     loss.backward()
-    return [float(np.linalg.norm(linear.bias.grad)) for linear in linears(model)[:-1]]
+    speeds = learning_speeds(model)
+    return [speeds[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
 
 
 def through_time(scale: float, steps: int) -> float:
@@ -110,7 +112,7 @@ def main() -> None:
         "4, sigmoid, layer norm": network(4, normalise=True),
         "4, ReLU, Kaiming, layer norm, short cuts": network(4, **kaiming, normalise=True, residual=True),
     }
-    curves = {name: learning_speeds(model, images, comm) for name, model in models.items()}
+    curves = {name: hidden_speeds(model, images, comm) for name, model in models.items()}
     for name, speeds in curves.items():
         say(f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
 

@@ -80,3 +80,7 @@ def test_example(
     assert answer.returncode == 0, answer.stderr
     assert re.search(expected, answer.stdout), answer.stdout
     assert "Warning" not in answer.stderr
+    verdicts = re.findall(r"^.*; try .*$", answer.stdout, re.MULTILINE)
+    assert len(verdicts) == (name == "vanishing.py"), (
+        answer.stdout
+    )  # of all networks that are trained, one is to be sick

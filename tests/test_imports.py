@@ -21,7 +21,8 @@ FLOORS = [
     {"parallel", "fixed_tree", "lane", "message_sum", "running"},
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
-    | {"repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline", "train"},
+    | {"diagnosis", "health", "look", "repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline"}
+    | {"train", "verdicts"},
     {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
     {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun"}
     | {"stylesheet", "svg", "trace"},

@@ -164,7 +164,8 @@ def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -
     assert trainer.step == 0
     trainer.fit(dataset(), steps=2)
     assert trainer.step == 2
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2]  # two steps and what there is of the epoch
+    steps = [line["step"] for line in lines(tmp_path) if "health" not in line]
+    assert steps == [1, 2, 2]  # two steps and what there is of the epoch
 
 
 @pytest.mark.parametrize(("option", "value"), [("seed", 4), ("batch_size", 10), ("shards", 4), ("accumulate", 2)])

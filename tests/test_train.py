@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import textwrap
@@ -44,7 +45,12 @@ def test_metrics_up_to_an_error_are_on_the_disk(tmp_path):
     trainer.fit(classes(12), steps=2)
     with pytest.raises(NonFiniteLossError):
         trainer.fit(data, epochs=1)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [next(key for key in ("epoch_loss", "loss", "health", "verdict") if key in line) for line in lines] == [
+        *("loss", "health", "loss", "health"),
+        "epoch_loss",
+        *("health", "verdict"),  # of the step that failed
+    ]
 
 
 class Broken:

@@ -440,7 +440,7 @@ def rank_0_writes_a_line_for_every_step_and_epoch(comm: Communicator) -> None:
         run_dir = folder / "runs" / "first"
         seen: list[StepResult] = []
         validation = ArrayDataset(np.full((2, 4), np.nan), np.zeros(2, int))
-        trainer = make_trainer(comm, run_dir=str(run_dir), callbacks=[seen.append])
+        trainer = make_trainer(comm, run_dir=str(run_dir), callbacks=[seen.append], health=False)
         results = trainer.fit(classes(10), epochs=2, validation=validation)
         trainer.fit(classes(10), steps=1)
         comm.barrier()

@@ -59,6 +59,25 @@ def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int
 
 
 @bench.command()
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Rows on each rank.")
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="With looks, and without.")
+@RANKS
+def health(batch: int, steps: int, ranks: int | None) -> None:
+    """Time training with gradient health beside the same training without, on two networks."""
+    if ranks is not None:
+        start(ranks, ["distprop", "bench", "health", "--batch", str(batch), "--steps", str(steps)], module=True)
+        return
+    from distprop.bench.health import NETWORKS, bench_health, show
+    from distprop.comm import world
+
+    comm = world()
+    for network in NETWORKS:
+        times = bench_health(comm, network, batch, steps)
+        if comm.rank == 0:
+            click.echo(show(network, times, batch, comm.size))
+
+
+@bench.command()
 @click.argument("names", nargs=-1)
 @click.option("--repeats", default=15, show_default=True, type=click.IntRange(1))
 def ops(names: tuple[str, ...], repeats: int) -> None:
