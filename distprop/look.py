@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -94,7 +94,8 @@ class Look:
 
     def state(self) -> dict[str, Any]:
         """As JSON can say it, for a checkpoint; `look_from` makes it a look again."""
-        state = asdict(replace(self, compute_seconds=()))
+        state = asdict(self)
+        del state["compute_seconds"]  # of the ranks that there were
         for of_one in state["parameters"].values():
             of_one["update_ratio"] = None if math.isnan(of_one["update_ratio"]) else of_one["update_ratio"]
         for units in state["units"].values():
@@ -116,6 +117,7 @@ def look_from(state: Mapping[str, Any]) -> Look:
                 name: UnitsHealth(of_one["kind"], of_one["saturated"], _silent(of_one["silent"]))
                 for name, of_one in units.items()
             },
+            "noise": tuple(state["noise"]) if state["noise"] is not None else None,
             "favourite": Favourite(**state["favourite"]) if state["favourite"] is not None else None,
         }
     )
