@@ -166,6 +166,6 @@ def test_the_closing_line_names_what_comes_near_twice_the_time_and_what_takes_mo
 def test_health_times_training_with_looks_beside_training_without() -> None:
     answer = CliRunner().invoke(main, ["bench", "health", "--batch", "2", "--steps", "200"])
     assert answer.exit_code == 0, answer.output
-    for network in ("784-512-512-10", "convolutional"):
+    for network in ("mlp", "convolutional"):
         assert f"{network}, batch 2 a rank, 1 rank, a look every 50 steps" in answer.output
     assert len(re.findall(r"^looks add -?\d+\.\d\d% to training", answer.output, re.MULTILINE)) == 2

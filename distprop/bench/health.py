@@ -64,7 +64,7 @@ def convolutional() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 NETWORKS: Mapping[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
-    "784-512-512-10": mlp,
+    "mlp": mlp,
     "convolutional": convolutional,
 }
 

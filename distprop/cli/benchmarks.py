@@ -59,19 +59,23 @@ def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int
 
 
 @bench.command()
+@click.argument("networks", nargs=-1, metavar="[mlp|convolutional]...")
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Rows on each rank.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="With looks, and without.")
 @RANKS
-def health(batch: int, steps: int, ranks: int | None) -> None:
-    """Time training with gradient health beside the same training without, on two networks."""
+def health(networks: tuple[str, ...], batch: int, steps: int, ranks: int | None) -> None:
+    """Time training with gradient health beside the same training without."""
     if ranks is not None:
-        start(ranks, ["distprop", "bench", "health", "--batch", str(batch), "--steps", str(steps)], module=True)
+        again = ["distprop", "bench", "health", *networks, "--batch", str(batch), "--steps", str(steps)]
+        start(ranks, again, module=True)
         return
     from distprop.bench.health import NETWORKS, bench_health, show
     from distprop.comm import world
 
+    if unknown := set(networks) - set(NETWORKS):
+        raise Refusal(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
     comm = world()
-    for network in NETWORKS:
+    for network in networks or NETWORKS:
         times = bench_health(comm, network, batch, steps)
         if comm.rank == 0:
             click.echo(show(network, times, batch, comm.size))
