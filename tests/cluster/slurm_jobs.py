@@ -99,6 +99,9 @@ class Job:
         """Once it is back in the queue: now, where Slurm leaves it for two minutes."""
         update = ["scontrol", "update", f"jobid={self.number}", "StartTime=now"]
 
+        self.wait_for(lambda: self.says("JobState") == "PENDING", "its return into the queue")
+        time.sleep(2)  # a node refuses to start a job that it has killed in the same second
+
         def has_begun() -> bool:
             if self.says("JobState") == "PENDING":  # and perhaps still ending, which makes Slurm forget the time
                 subprocess.run(update, capture_output=True, timeout=60)
