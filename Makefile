@@ -55,7 +55,7 @@ test-impi: .venv-impi/.dev-installed
 test-debian-openmpi test-debian-mpich: .venv-debian/.dev-installed
 $(MPIS:%=test-%):
 	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
-	$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,test_launch.py $(MORE_TESTS))
+	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,$(TESTS)))
 
 ENVIRONMENT = $(@:test-%=.venv-%)
 test-debian-%: ENVIRONMENT = .venv-debian
@@ -64,7 +64,7 @@ test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian/lib
 RANKS = 2 3
 test-mpich5: RANKS = 1 2 3 4 5 8
 test-debian-mpich: RANKS = 2  # this version's waiting ranks keep their core: 3 and 4 ranks on two cores take 6 minutes
-test-mpich5: MORE_TESTS = test_stopping.py test_restart.py
+test-mpich5: TESTS = test_launch.py test_stopping.py test_restart.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distprop needs Python 3.11 or later; make PYTHON=python3.12 ...")'
