@@ -341,7 +341,8 @@ def _let_others_speak(error: BaseException) -> None:
 def _report(kind: Any, error: Any, trace: Any) -> None:
     if here.speak():
         culprits = getattr(error, "culprits", (here.rank,))  # an error that all ranks raise says whose fault it is
-        reason = "".join(traceback.format_exception_only(kind, error)).strip()
+        lines, notes = traceback.format_exception_only(kind, error), getattr(error, "__notes__", ())
+        reason = "".join(lines[: len(lines) - len(notes)]).strip()  # notes stand below the traceback
         _write(report(culprits, reason, here.seen(), "".join(traceback.format_exception(kind, error, trace))))
 
 

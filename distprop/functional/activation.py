@@ -131,7 +131,7 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tens
 
     def value(x: Array, out: Array, slope: Array | None) -> None:
         scaled = x if beta == 1 else beta * x
-        e = np.abs(scaled)
+        e = np.abs(scaled, out=np.empty_like(out))
         np.exp(np.negative(e, out=e), out=e)
         if not scaled.max(initial=-np.inf) <= threshold:  # rare, and a boolean factor takes three passes' time
             e *= scaled <= threshold
