@@ -23,7 +23,7 @@ import distprop as dp
 from distprop import checkpoint
 from distprop.comm import SoloCommunicator
 from faults import job
-from test_launch import Jobs, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - fixtures
+from test_launch import Jobs, finish, finish_bare, jobs, needs_mpi, nothing_said  # noqa: F401 - fixtures
 
 SCRIPT = str(Path(job.__file__))
 RANK, STEP, TIMEOUT_SECONDS = 1, 7, 6
@@ -114,7 +114,7 @@ def test_a_job_in_which_a_rank(fault: str, jobs: Jobs) -> None:  # noqa: F811
 def test_a_bare_mpirun_ends_when_a_rank(fault: str, jobs: Jobs) -> None:  # noqa: F811
     (jobs.folder / "run").mkdir()
     with start(jobs, 3, fault, str(RANK), str(STEP), bare=True, DISTPROP_TIMEOUT=str(TIMEOUT_SECONDS)) as process:
-        done = finish(process, seconds=100)
+        done = finish_bare(process, jobs, seconds=100)
     seconds = time.time() - float((jobs.folder / "run/fault").read_text())
     check_ended_well(jobs, done, fault, seconds)
 

@@ -467,7 +467,24 @@ def run_bare(jobs: Jobs, source: str, **environment: str) -> subprocess.Complete
         command = [word for word in finish(process).stdout.splitlines() if word not in ("-m", "distprop.rank")]
     starter = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
     with jobs.start("-c", starter, *command, **environment) as process:
-        return finish(process)
+        return finish_bare(process, jobs)
+
+
+def finish_bare(process: subprocess.Popen[str], jobs: Jobs, seconds: float = 40) -> subprocess.CompletedProcess[str]:
+    """As `finish`, but a launcher that outlives its ranks is ended, as Open MPI 5.0's at times does for ever.
+
+    `distprop run` ends it too; where it is not used, nobody can. The status is then 1.
+    """
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, err = process.communicate(timeout=1)
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        if not wait_until(lambda: any(map(launch._is_rank, jobs.pids())), 8):
+            process.kill()
+            out, err = process.communicate()
+            return subprocess.CompletedProcess(process.args, 1, out, err)
+    return finish(process, seconds=0.1)
 
 
 @needs_mpi
