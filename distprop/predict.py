@@ -83,7 +83,8 @@ def measure_here(question: Question, ranks: int | None, hosts: Sequence[Host] = 
     from distprop.bench.cluster import Measured
     from distprop.comm import SoloCommunicator
     from distprop.comm.mpi import MPIMissingError
-    from distprop.launch import LaunchError, allowed_cores, ask, plan
+    from distprop.launch import allowed_cores, ask, plan
+    from distprop.launcher import LaunchError
 
     wanted = ranks if ranks is not None or hosts or slurm.job_name() else allowed_cores()
     if wanted == 1 and not hosts:

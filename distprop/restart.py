@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from distprop.launch import Job, LaunchError, run
+from distprop.launch import Job, run
+from distprop.launcher import LaunchError
 from distprop.stopping import RESUME, STATUS, Watch
 
 REFUSED = 2  # the exit status of a mistake in the command or the configuration

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distprop import launch
 from distprop.comm import mpi
+from distprop.launcher import find_launcher, launcher_environment, launcher_flags
 
 LIMIT_SECONDS = 240
 FOLDER = Path(__file__).parent / "parallel"
@@ -18,15 +19,15 @@ FOLDER = Path(__file__).parent / "parallel"
 
 def main() -> int:
     library = mpi.library()
-    launcher = launch.find_launcher(library)
+    launcher = find_launcher(library)
     for ranks in map(int, sys.argv[1:]):
         print(f"=== {ranks} rank{'s' * (ranks > 1)}, {library.name}", flush=True)
         pytest = [sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider"]
         pytest += [str(FOLDER / "test_mpi_deterministic.py" if ranks > 4 else FOLDER)]
         pytest += ["-p", "no:unraisableexception"]  # all ranks clean up pytest's one folder, and it trips over that
-        flags = launch.launcher_flags(library, ranks, launch.allowed_cores())
+        flags = launcher_flags(library, ranks, launch.allowed_cores())
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        environment |= launch.launcher_environment(library, ranks, launch.allowed_cores())
+        environment |= launcher_environment(library, ranks, launch.allowed_cores())
         job = subprocess.Popen([launcher.path, *flags, *pytest], env=environment, stdin=subprocess.DEVNULL)
         try:
             status = job.wait(LIMIT_SECONDS)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from distprop import comm, launch
+from distprop import comm, launch, launcher
 from distprop.comm import mpi
 from distprop.doctor import software
+from distprop.launcher import Launcher
 from test_cli_run import ROOT
 
 OPEN_MPI = mpi.Library("openmpi", "5.0.11", Path("/opt/mpi/lib/libmpi.so.40"))
@@ -67,7 +68,7 @@ def test_an_unknown_mpi_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_launcher_of_the_library_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi, "library", lambda: OPEN_MPI)
-    monkeypatch.setattr(launch, "_candidates", lambda library: iter(()))
+    monkeypatch.setattr(launcher, "_candidates", lambda library: iter(()))
     found = software.launcher()
     assert found.status == "fail"
     assert "no mpirun or mpiexec belongs to Open MPI 5.0.11" in found.advice
@@ -78,7 +79,7 @@ def test_an_mpirun_on_path_of_another_mpi_is_a_warning(monkeypatch: pytest.Monke
     other.write_text("#!/bin/sh\nprintf 'HYDRA build details:\\n    Version:    4.3.2\\n'\n")
     other.chmod(0o755)
     monkeypatch.setattr(mpi, "library", lambda: OPEN_MPI)
-    own = launch.Launcher(Path("/opt/mpi/bin/mpirun"), "openmpi", "5.0.11")
+    own = Launcher(Path("/opt/mpi/bin/mpirun"), "openmpi", "5.0.11")
     monkeypatch.setattr(software, "find_launcher", lambda library: own)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     found = software.launcher()
@@ -101,7 +102,7 @@ def test_the_thread_level_is_that_of_a_rank(
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     monkeypatch.setattr(mpi, "library", lambda: OPEN_MPI)
-    monkeypatch.setattr(software, "find_launcher", lambda library: launch.Launcher(path, "openmpi", "5.0.11"))
+    monkeypatch.setattr(software, "find_launcher", lambda library: Launcher(path, "openmpi", "5.0.11"))
     found = software.thread_level()
     assert found.status == status
     assert advice in found.advice

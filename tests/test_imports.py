@@ -23,7 +23,7 @@ FLOORS = [
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
     | {"diagnosis", "health", "look", "repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline"}
     | {"train", "verdicts"},
-    {"config", "job", "hosts", "launch", "restart", "rank", "bench", "witness"},
+    {"config", "job", "hosts", "launch", "launcher", "processes", "restart", "rank", "bench", "witness"},
     {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun"}
     | {"stylesheet", "svg", "trace"},
     {"cli", "__main__"},

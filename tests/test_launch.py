@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from distprop import launch
+from distprop import launch, launcher, processes
 from distprop.comm.mpi import Library
+from distprop.launcher import Launcher
 
 ROOT = Path(__file__).parent.parent
 OPEN_MPI_5 = Library("openmpi", "5.0.11", Path("/opt/mpi/lib/libmpi.so.40"))
@@ -54,47 +55,47 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_open_mpi_5_starts_on_shared_memory_and_binds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    flags = " ".join(launch.launcher_flags(OPEN_MPI_5, ranks=2, cores=4))
+    flags = " ".join(launcher.launcher_flags(OPEN_MPI_5, ranks=2, cores=4))
     assert flags == ("-n 2 --bind-to none --map-by :OVERSUBSCRIBE --mca pml ob1 --mca btl self,sm,tcp --mca osc ^ucx")
 
 
 def test_open_mpi_4_calls_shared_memory_vader_and_can_be_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    flags = " ".join(launch.launcher_flags(OPEN_MPI_4, ranks=2, cores=4))
+    flags = " ".join(launcher.launcher_flags(OPEN_MPI_4, ranks=2, cores=4))
     assert flags == "-n 2 --bind-to none --oversubscribe --mca pml ob1 --mca btl self,vader,tcp --quiet"
 
 
 @pytest.mark.parametrize("library", [OPEN_MPI_5, OPEN_MPI_4])
 def test_open_mpi_is_allowed_to_run_as_root_only_as_root(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert "--allow-run-as-root" in launch.launcher_flags(library, 2, 2)
+    assert "--allow-run-as-root" in launcher.launcher_flags(library, 2, 2)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "--allow-run-as-root" not in launch.launcher_flags(library, 2, 2)
+    assert "--allow-run-as-root" not in launcher.launcher_flags(library, 2, 2)
 
 
 @pytest.mark.parametrize("library", [OPEN_MPI_5, OPEN_MPI_4])
 def test_waiting_ranks_of_open_mpi_yield_only_when_cores_are_short(library: Library) -> None:
-    assert "mpi_yield_when_idle" not in launch.launcher_flags(library, 4, 4)
-    assert "mpi_yield_when_idle" in launch.launcher_flags(library, 5, 4)
+    assert "mpi_yield_when_idle" not in launcher.launcher_flags(library, 4, 4)
+    assert "mpi_yield_when_idle" in launcher.launcher_flags(library, 5, 4)
 
 
 def test_the_users_own_open_mpi_parameters_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_MCA_pml", "ucx")
-    flags = launch.launcher_flags(OPEN_MPI_5, 2, 2)
+    flags = launcher.launcher_flags(OPEN_MPI_5, 2, 2)
     assert "pml" not in flags
     assert "btl" in flags
 
 
 @pytest.mark.parametrize("library", [MPICH, INTEL])
 def test_hydra_needs_only_the_number(library: Library) -> None:
-    assert launch.launcher_flags(library, 3, 2) == ["-n", "3"]
+    assert launcher.launcher_flags(library, 3, 2) == ["-n", "3"]
 
 
 @pytest.fixture
 def with_mpich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distprop.comm.mpi.library", lambda: MPICH)
     monkeypatch.setattr(
-        launch, "find_launcher", lambda library: launch.Launcher(Path("/opt/mpi/bin/mpiexec"), "mpich", "4.3.2")
+        launch, "find_launcher", lambda library: Launcher(Path("/opt/mpi/bin/mpiexec"), "mpich", "4.3.2")
     )
     monkeypatch.setattr(launch, "allowed_cores", lambda: 4)
 
@@ -125,9 +126,9 @@ def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> Non
 
 
 def test_intels_ranks_are_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.launcher_environment(INTEL, 5, 4) == {"I_MPI_PIN": "0"}
+    assert launcher.launcher_environment(INTEL, 5, 4) == {"I_MPI_PIN": "0"}
     monkeypatch.setenv("I_MPI_PIN", "1")
-    assert launch.launcher_environment(INTEL, 4, 4) == {}
+    assert launcher.launcher_environment(INTEL, 4, 4) == {}
 
 
 @pytest.mark.usefixtures("with_mpich")
@@ -155,21 +156,21 @@ def test_one_rank_is_python_itself(script: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_started_is_refused(script: str) -> None:
-    with pytest.raises(launch.LaunchError, match="1 rank or more"):
+    with pytest.raises(launcher.LaunchError, match="1 rank or more"):
         launch.plan(0, [script])
-    with pytest.raises(launch.LaunchError, match=r"no script missing\.py in /"):
+    with pytest.raises(launcher.LaunchError, match=r"no script missing\.py in /"):
         launch.plan(2, ["missing.py"])
-    with pytest.raises(launch.LaunchError, match="no module named 'missing_package'"):
+    with pytest.raises(launcher.LaunchError, match="no module named 'missing_package'"):
         launch.plan(2, ["missing_package.train"], module=True)
-    with pytest.raises(launch.LaunchError, match="give a script"):
+    with pytest.raises(launcher.LaunchError, match="give a script"):
         launch.plan(2, [])
 
 
 def test_exit_statuses_are_those_of_a_shell() -> None:
-    assert launch._exit_status(-9, "openmpi") == 137
-    assert launch._exit_status(3, "mpich") == 3
-    assert launch._exit_status(9, "mpich") == 137
-    assert launch._exit_status(9, "openmpi") == 9
+    assert processes.exit_status(-9, "openmpi") == 137
+    assert processes.exit_status(3, "mpich") == 3
+    assert processes.exit_status(9, "mpich") == 137
+    assert processes.exit_status(9, "openmpi") == 9
 
 
 # ------------------------------------------------------------------------------------------- which launcher belongs
@@ -191,14 +192,14 @@ def fake_launcher(path: Path, answer: str) -> Path:
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_a_launcher_says_whose_it_is(kind: str, tmp_path: Path) -> None:
-    launcher = launch.identify(fake_launcher(tmp_path / "mpirun", ANSWERS[kind]))
-    assert launcher
-    assert f"{launcher.vendor} {launcher.version.split('.')[0]}" == kind
+    found = launcher.identify(fake_launcher(tmp_path / "mpirun", ANSWERS[kind]))
+    assert found
+    assert f"{found.vendor} {found.version.split('.')[0]}" == kind
 
 
 def test_a_program_that_is_no_launcher_is_not_identified(tmp_path: Path) -> None:
-    assert launch.identify(fake_launcher(tmp_path / "mpirun", "hello")) is None
-    assert launch.identify(tmp_path / "nothing") is None
+    assert launcher.identify(fake_launcher(tmp_path / "mpirun", "hello")) is None
+    assert launcher.identify(tmp_path / "nothing") is None
 
 
 @pytest.fixture
@@ -207,9 +208,9 @@ def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'path'}")
     monkeypatch.setattr(
-        launch,
+        launcher,
         "_candidates",
-        lambda library, real=launch._candidates: (p for p in real(library) if tmp_path in p.parents),
+        lambda library, real=launcher._candidates: (p for p in real(library) if tmp_path in p.parents),
     )
     return tmp_path
 
@@ -218,7 +219,7 @@ def test_the_launcher_beside_the_library_comes_first(prefix: Path) -> None:
     fake_launcher(prefix / "path/mpirun", ANSWERS["openmpi 5"])
     beside = fake_launcher(prefix / "mpi/bin/mpirun", ANSWERS["openmpi 5"])
     library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
-    assert launch.find_launcher(library).path == beside
+    assert launcher.find_launcher(library).path == beside
 
 
 def test_a_launcher_of_another_mpi_is_passed_over(prefix: Path) -> None:
@@ -226,16 +227,16 @@ def test_a_launcher_of_another_mpi_is_passed_over(prefix: Path) -> None:
     fake_launcher(prefix / "venv/bin/mpirun", ANSWERS["openmpi 4"])
     right = fake_launcher(prefix / "path/mpirun.openmpi", ANSWERS["openmpi 5"])
     library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
-    assert launch.find_launcher(library).path == right
+    assert launcher.find_launcher(library).path == right
 
 
 def test_no_launcher_at_all_names_the_library_and_what_was_found(prefix: Path) -> None:
     library = Library("openmpi", "5.0.8", prefix / "mpi/lib/libmpi.so.40")
-    with pytest.raises(launch.LaunchError, match=r"belongs to Open MPI 5\.0\.8.*found none at all.*pip install"):
-        launch.find_launcher(library)
+    with pytest.raises(launcher.LaunchError, match=r"belongs to Open MPI 5\.0\.8.*found none at all.*pip install"):
+        launcher.find_launcher(library)
     fake_launcher(prefix / "path/mpirun", ANSWERS["mpich 4"])
-    with pytest.raises(launch.LaunchError, match=r"path/mpirun \(MPICH 4\.3\.2\)"):
-        launch.find_launcher(library)
+    with pytest.raises(launcher.LaunchError, match=r"path/mpirun \(MPICH 4\.3\.2\)"):
+        launcher.find_launcher(library)
 
 
 # -------------------------------------------------------------------------------------------------------- real jobs
@@ -480,7 +481,7 @@ def finish_bare(process: subprocess.Popen[str], jobs: Jobs, seconds: float = 40)
         with contextlib.suppress(subprocess.TimeoutExpired):
             out, err = process.communicate(timeout=1)
             return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        if not wait_until(lambda: any(map(launch._is_rank, jobs.pids())), 8):
+        if not wait_until(lambda: any(map(processes.is_rank, jobs.pids())), 8):
             process.kill()
             out, err = process.communicate()
             return subprocess.CompletedProcess(process.args, 1, out, err)
@@ -528,8 +529,9 @@ def test_the_launcher_of_another_mpi_is_refused_before_training(jobs: Jobs) -> N
 
 PLAY = """
 from distprop import launch
+from distprop.launcher import Launcher
 command = (sys.executable, "-c", sys.argv[1])
-launcher = launch.Launcher("mpiexec", "mpich", "4.3.2")
+launcher = Launcher("mpiexec", "mpich", "4.3.2")
 sys.exit(launch.run(launch.Job(2, command, {}, "", launcher=launcher)))
 """
 DEAF = """
@@ -555,9 +557,11 @@ def test_a_launcher_that_ignores_sigterm_is_killed_with_all_it_started(signals: 
     assert not jobs.left()
 
 
-def test_a_launcher_that_outlives_its_ranks_is_ended(jobs: Jobs) -> None:
-    rank = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)'], env={**os.environ, 'PMI_RANK': '0'})"
-    with jobs.start(jobs.write(PLAY), f"import os, subprocess, sys, time; {rank}; time.sleep(60)") as process:
+@pytest.mark.parametrize("seconds", [0.5, 3])
+def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, jobs: Jobs) -> None:
+    rank = f"subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep({seconds})'], env=environment)"
+    source = f"import os, subprocess, time; environment = {{**os.environ, 'PMI_RANK': '0'}}; {rank}; time.sleep(60)"
+    with jobs.start(jobs.write(PLAY), source) as process:
         done = finish(process, seconds=20)
     assert done.returncode == 1
     assert "all ranks have ended, but not their launcher" in done.stderr
@@ -566,7 +570,7 @@ def test_a_launcher_that_outlives_its_ranks_is_ended(jobs: Jobs) -> None:
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(elsewhere: bool) -> None:
     report = "import json, os; print(json.dumps({'folder': os.environ.get('PRTE_MCA_prte_tmpdir_base')}))"
-    launcher = launch.Launcher(Path("mpirun"), "openmpi", "5.0.11")
+    launcher = Launcher(Path("mpirun"), "openmpi", "5.0.11")
     job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, elsewhere=elsewhere)
     status, line = launch.ask(job)
     folder = json.loads(line)["folder"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from distprop import checkpoint, launch, restart
+from distprop import checkpoint, launch, processes, restart
 from distprop.comm import SoloCommunicator
+from distprop.launcher import Launcher
 from distprop.restart import Attempt, hosts_left, run_restarting
 from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer
@@ -42,7 +43,7 @@ class Player:
 
     def job(self, ranks: int) -> launch.Job:
         command = (sys.executable, "-c", FAKE, str(self.folder), *self.attempts)
-        return launch.Job(ranks, command, {}, "", launcher=launch.Launcher(Path("mpiexec"), "mpich", "4"))
+        return launch.Job(ranks, command, {}, "", launcher=Launcher(Path("mpiexec"), "mpich", "4"))
 
     def plan(self, attempt: Attempt) -> launch.Job:
         self.planned.append(attempt)
@@ -224,7 +225,7 @@ def test_distprop_train_goes_on_in_the_same_folder(jobs: Jobs, monkeypatch: pyte
     Path("runs/job").mkdir(parents=True)  # taken, so the run goes to runs/job-2
     with jobs.start(*arguments) as process:
         await_job(process, lambda: any(Path("runs/job-2/checkpoints").glob("step-*")))
-        os.kill(next(filter(launch._is_rank, jobs.pids())), signal.SIGKILL)
+        os.kill(next(filter(processes.is_rank, jobs.pids())), signal.SIGKILL)
         done = finish(process, seconds=60)
     assert done.returncode == 0, done.stderr
     assert "restart 1 of 1" in done.stderr

@@ -15,6 +15,7 @@ from distprop import comm, config, job, launch, restart, slurm, stopping
 from distprop.comm import SoloCommunicator
 from distprop.comm.mpi import Library
 from distprop.hosts import probe
+from distprop.launcher import Launcher, LaunchError
 from distprop.rundir import read_sessions
 from test_cli_run import distprop
 
@@ -113,9 +114,9 @@ def script(tmp_path: Path) -> str:
 
 def use(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
     monkeypatch.setattr("distprop.comm.mpi.library", lambda: library)
-    launcher = launch.Launcher(Path("/opt/mpi/bin/mpirun"), library.vendor, library.version)
+    launcher = Launcher(Path("/opt/mpi/bin/mpirun"), library.vendor, library.version)
     monkeypatch.setattr(launch, "find_launcher", lambda library: launcher)
-    monkeypatch.setattr(launch, "_may_read_peers", lambda: True)
+    monkeypatch.setattr(launch, "may_read_peers", lambda: True)
     monkeypatch.setattr(probe, "fabric", lambda: False)
     monkeypatch.setattr(probe, "bridges", lambda: ["docker0"])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -160,10 +161,10 @@ def test_fewer_ranks_have_their_nodes_cores(script: str, monkeypatch: pytest.Mon
 
 def test_more_ranks_than_slots_start_nothing(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_job(monkeypatch)
-    with pytest.raises(launch.LaunchError, match="has 10 slots"):
+    with pytest.raises(LaunchError, match="has 10 slots"):
         launch.plan(11, [script])
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "many")
-    with pytest.raises(launch.LaunchError, match="SLURM_TASKS_PER_NODE is 'many'"):
+    with pytest.raises(LaunchError, match="SLURM_TASKS_PER_NODE is 'many'"):
         launch.plan(None, [script])
 
 

@@ -298,10 +298,11 @@ def test_who_is_leaving_after_the_last_checkpoint_is_not_disturbed(
     """Played by a launcher that would die of SIGTERM and of SIGUSR1."""
     source = """
     from distprop import launch, stopping
+    from distprop.launcher import Launcher
     watch = stopping.Watch(sys.argv[1])
     stopping.Report(watch._path).state(stopping.LEAVING)
     command = (sys.executable, "-c", "import sys, time; print('ready', flush=True); time.sleep(1); sys.exit(75)")
-    launcher = launch.Launcher("mpiexec", "mpich", "4.3.2")
+    launcher = Launcher("mpiexec", "mpich", "4.3.2")
     sys.exit(launch.run(launch.Job(2, command, {}, "", launcher=launcher), watch))
     """
     with jobs.start(jobs.write(source), str(jobs.folder)) as process:

@@ -118,7 +118,8 @@ def start(
     from distprop import slurm
     from distprop.comm.mpi import MPIMissingError
     from distprop.hosts import Host, HostsError, alive
-    from distprop.launch import Job, LaunchError, plan
+    from distprop.launch import Job, plan
+    from distprop.launcher import LaunchError
     from distprop.restart import Attempt, run_restarting
     from distprop.stopping import STATUS
 

@@ -11,7 +11,8 @@ from distprop.doctor.finding import Finding
 from distprop.doctor.host import check_host
 from distprop.hosts import Cluster, Host, HostsError, Survey, allot, clock_is_off, survey
 from distprop.hosts.hostfile import count
-from distprop.launch import LaunchError, ask, plan
+from distprop.launch import ask, plan
+from distprop.launcher import LaunchError
 
 
 def examine(run_dir: Path, ranks: int | None = None, hosts: Sequence[Host] = ()) -> list[Finding]:

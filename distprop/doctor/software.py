@@ -12,7 +12,8 @@ from pathlib import Path
 
 from distprop.comm import LauncherMismatchError, mpi, started_by, world
 from distprop.doctor.finding import Finding
-from distprop.launch import THREAD_VARIABLES, LaunchError, allowed_cores, find_launcher, identify, launcher_flags
+from distprop.launch import THREAD_VARIABLES, allowed_cores
+from distprop.launcher import LaunchError, find_launcher, identify, launcher_flags
 
 PACKAGES = {  # what pyproject.toml asks for
     "numpy": "2.0",
