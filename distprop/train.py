@@ -9,27 +9,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from distprop import random
 from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset
-from distprop.data.loader import Loader, share
+from distprop.data.loader import Loader
 from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints, state_hash
 from distprop.health import EVERY, Health
 from distprop.live import Plan, show_progress
 from distprop.look import Look
-from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult, Tally
+from distprop.metrics import EpochResult, EpochSums, MetricsFile, StepResult
 from distprop.nn.module import Module
-from distprop.optim.clip import clip_grad_norm_
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress
@@ -37,27 +35,13 @@ from distprop.repeat import advise, repeating
 from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
 from distprop.stopping import REPORT, Report, StopRequest, resume_forced
-from distprop.tape import Array
-from distprop.tensor import Tensor
 from distprop.timeline import STEPS, Profile, Timeline
+from distprop.update import Batch, Loss, NonFiniteLossError, Update
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
 
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-Batch: TypeAlias = Sequence[Array]
 Callback: TypeAlias = Callable[[StepResult], object]
-
-# what travels with the gradients, summed over the ranks
-_SENT = ("loss", "correct", "classifies", "bad", "bad_rank", "stop", "save")
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; raised on every rank before anything is updated. `culprits`: where, if known."""
-
-    def __init__(self, message: str, culprits: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.culprits = culprits
 
 
 class Trainer:
@@ -199,6 +183,10 @@ class Trainer:
             found = self._repeat.begin(self, repeated_dir)
             if found is not None:
                 self._checkpoints.restore(found)
+        self._update = Update(
+            self.parallel, loss, optimizer, accumulate=accumulate, clip_norm=clip_norm, shards=self.shards,
+            health=self._health, timeline=self._timeline, wishes=self._wishes,
+        )  # fmt: skip
         self._fits = 0  # calls of fit so far
         self._resumed = found is not None
         if found is not None:
@@ -344,31 +332,16 @@ class Trainer:
         return bool(self.comm.allreduce(np.array([wishes], np.float64))[0])
 
     def _step(self, batch: Batch, rows: int) -> StepResult:
-        """Forward, backward, reduction, update."""
+        """One update, and what came out."""
         if self._profile is not None:
             self._profile.begin_step()
         began = time.perf_counter_ns()
-        self.optimizer.zero_grad()
-        try:
-            with self._health.looking(self.step + 1):
-                if self.shards is None:
-                    self._forward_backward(batch, random.place().first_row)
-                else:
-                    self._shard_by_shard(batch, rows, self.shards)
-        except NonFiniteGradientError as error:
-            self._refuse_non_finite(self.parallel.received)  # a loss that is not finite is the better reason
-            advise(error, self.run_dir, self.step + 1, error.culprits)
-            raise
-        self._timeline.add("reduction", *self.parallel.reduced, inside=None if self.shards else "backward")
-        received = self.parallel.received
-        self._refuse_non_finite(received)
         lr = self.optimizer.lr
-        self._health.before_update()
-        with self._timeline("update"):
-            if self.clip_norm is not None:
-                clip_grad_norm_(self.parallel.parameters(), self.clip_norm)
-            self.optimizer.step()
-        self._health.after_update()
+        try:
+            received = self._update(batch, rows, self.step + 1, self.epoch)
+        except (NonFiniteLossError, NonFiniteGradientError) as error:
+            advise(error, self.run_dir, self.step + 1, error.culprits or (0,))
+            raise
         self.step += 1
         examples = received["examples"]
         metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
@@ -377,54 +350,9 @@ class Trainer:
             self._profile.end_step(self.step, began)
         return StepResult(self.step, self.epoch, received["loss"] / examples, metrics, int(examples), lr, seconds)
 
-    def _shard_by_shard(self, batch: Batch, rows: int, shards: int) -> None:
-        """Gradients of this rank's shards, each by itself, so that every product has the same shape on any rank."""
-        run = share(shards, self.comm.rank, self.comm.size)
-        mine = [share(rows, number, shards) for number in range(run.start, run.stop)]
-        for shard in mine:
-            local = slice(shard.start - mine[0].start, shard.stop - mine[0].start)
-            self._forward_backward([array[local] for array in batch], shard.start)
-            self.parallel.end_shard()
-        self.parallel.send(**dict.fromkeys(_SENT, 0.0))
-        self.parallel.reduce_shards()
-
-    def _forward_backward(self, batch: Batch, first_row: int) -> None:
-        """Gradients of some rows, in `accumulate` pieces; the last piece's backward pass reduces them."""
-        tally, place = Tally(), random.place()
-        for number in range(self.accumulate):
-            piece = share(len(batch[-1]), number, self.accumulate)
-            random.at(place.seed, place.step, first_row + piece.start)
-            *inputs, target = (array[piece] for array in batch)
-            with self._timeline("forward"):
-                output = self.parallel(*inputs)
-                loss = self.loss(output, target)
-            if loss.data.size != 1:
-                raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
-            tally.add(loss.item(), output, target, len(target))
-            self._health.predictions(output, target)
-            weighed = loss if self.accumulate == 1 else loss / self.accumulate
-            if number < self.accumulate - 1:
-                with self._timeline("backward"), self.parallel.no_sync():
-                    self.parallel.backward(weighed, examples=len(target))
-        bad = not math.isfinite(tally.loss)
-        asked = self._stop_request.numbers(self.comm.rank == 0, self._checkpoints.seconds)
-        values = tally.loss, tally.correct, tally.classifies, bad, self.comm.rank if bad else 0, *asked
-        self.parallel.send(**dict(zip(_SENT, values, strict=True)))
-        with self._timeline("backward"):
-            self.parallel.backward(weighed, examples=len(target))
-
-    def _refuse_non_finite(self, received: Mapping[str, float]) -> None:
-        if received["bad"]:
-            culprits = (int(received["bad_rank"]),) if received["bad"] == 1 else ()
-            who = f"rank {culprits[0]}" if culprits else f"{received['bad']:.0f} ranks"
-            error = NonFiniteLossError(
-                f"step {self.step + 1} (epoch {self.epoch + 1}): the loss is not finite on {who} of {self.comm.size}; "
-                "nothing was updated. "
-                "Look for too high a learning rate (clip_norm helps), a logarithm of 0 or bad data",
-                culprits,
-            )
-            advise(error, self.run_dir, self.step + 1, culprits or (0,))
-            raise error from None
+    def _wishes(self) -> tuple[float, float]:
+        """What this rank wants of all: to stop, and to save."""
+        return self._stop_request.numbers(self.comm.rank == 0, self._checkpoints.seconds)
 
     # --- what is kept
 

@@ -15,7 +15,7 @@ from distprop import functional as F
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, run_threads
 from distprop.fingerprint import COMPARE_EVERY, FINGERPRINTS, DivergenceError, Hashes, Record, RecordError
-from distprop.train import NonFiniteLossError
+from distprop.update import NonFiniteLossError
 
 ROWS, STEPS = 40, 20
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
     | {"diagnosis", "health", "look", "repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline"}
-    | {"train", "verdicts"},
+    | {"train", "update", "verdicts"},
     {"config", "job", "hosts", "launch", "launcher", "processes", "restart", "rank", "bench", "witness"},
     {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun"}
     | {"stylesheet", "svg", "trace"},

@@ -10,7 +10,7 @@ import pytest
 import distprop as dp
 import train_suite
 from distprop.comm import CollectiveError, SoloCommunicator, mpi, run_threads
-from distprop.train import NonFiniteLossError
+from distprop.update import NonFiniteLossError
 from scenario import run
 from train_suite import classes, make_trainer
 

@@ -15,7 +15,8 @@ from distprop import data, nn, optim
 from distprop import functional as F
 from distprop.diagnosis import Diagnosis
 from distprop.look import Look, ParameterHealth
-from distprop.train import NonFiniteLossError, Trainer
+from distprop.train import Trainer
+from distprop.update import NonFiniteLossError
 from distprop.verdicts import RULES, History, advice_about_ranks, judge
 
 

@@ -19,7 +19,8 @@ from distprop.evaluation import EVALUATION_ROWS
 from distprop.metrics import StepResult
 from distprop.parallel import DivergenceError, NonFiniteGradientError
 from distprop.tensor import Tensor
-from distprop.train import NonFiniteLossError, Trainer
+from distprop.train import Trainer
+from distprop.update import NonFiniteLossError
 from scenario import Suite
 
 suite = Suite()
