@@ -23,7 +23,7 @@ import numpy as np
 from distprop.comm import Communicator
 from distprop.metrics import forget_after
 from distprop.nn.module import Module
-from distprop.parallel import DivergenceError, checksum
+from distprop.replicas import DivergenceError, checksum
 from distprop.tape import Array
 
 if TYPE_CHECKING:

@@ -9,11 +9,9 @@ other.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
@@ -29,19 +27,12 @@ from distprop.message_sum import MessageSum
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
 from distprop.pace import Pace
+from distprop.replicas import compare_layout, compare_values
 from distprop.running import RunningStatistics
 from distprop.tape import Array, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
 
 VERIFY_SECONDS = 5.0  # between two comparisons of the parameters, if `verify_every` reductions take longer
-
-
-class DivergenceError(RuntimeError):
-    """Parameters that should be equal on all ranks are not. `culprits` are the ranks that differ from most."""
-
-    def __init__(self, message: str, culprits: tuple[int, ...] = ()) -> None:
-        super().__init__(message)
-        self.culprits = culprits
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -134,7 +125,7 @@ class DataParallel:
                 f"{synchronised[0]} is a SyncBatchNorm, which needs the whole global batch in one forward pass; "
                 "shards cut it into several. Use BatchNorm, or no shards"
             )
-        self._compare_layout(named)
+        compare_layout(module, self.comm)
         self._statistics = RunningStatistics(module)
         self._passengers = passengers
         self.wire, self.shards = wire, shards
@@ -237,26 +228,13 @@ class DataParallel:
             DivergenceError: names the first parameter that differs, and the ranks.
         """
         parameters = [*reversed(self._buffer.parameters), *self._frozen]
-        sums = np.array([checksum(parameter.data) for parameter in parameters], np.uint32)
-        own_seconds = np.float64(self._pace.own_seconds(self.reductions))
-        messages = self.comm.allgather(own_seconds.tobytes() + sums.tobytes())
+        named = [(self._names[id(parameter)], parameter) for parameter in parameters]
+        seconds = compare_values(named, self.comm, self._pace.own_seconds(self.reductions))
         self._verify_due, self._verified = False, time.monotonic()
-        slow = self._pace.compare([float(np.frombuffer(message, np.float64, 1)[0]) for message in messages])
+        slow = self._pace.compare(seconds)
         if self.comm.rank == 0:
             for line in slow:
                 print(f"distprop: {line}", file=sys.stderr, flush=True)
-        every_sum = [np.frombuffer(message, np.uint32, offset=own_seconds.nbytes) for message in messages]
-        for number, parameter in enumerate(parameters):
-            by_sum: dict[int, list[int]] = {}
-            for rank, of_rank in enumerate(every_sum):
-                by_sum.setdefault(int(of_rank[number]), []).append(rank)
-            if len(by_sum) > 1:
-                groups = sorted(by_sum.values(), key=len)
-                raise DivergenceError(
-                    f"parameter {self._names[id(parameter)]} of shape {parameter.shape} differs between ranks: "
-                    f"{_ranks(groups[0])} against {_ranks(groups[-1])}",
-                    tuple(rank for group in groups[:-1] for rank in group),
-                )
 
     def parameters(self) -> Iterator[Parameter]:
         """The module's parameters."""
@@ -416,27 +394,11 @@ class DataParallel:
             self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
         )
 
-    def _compare_layout(self, named: list[tuple[str, Parameter]]) -> None:
-        layout = [f"{name} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in named]
-        layout += [f"{name} {buffer.shape} {buffer.dtype} buffer" for name, buffer in self.module.named_buffers()]
-        layouts = [json.loads(message) for message in self.comm.allgather(json.dumps(layout).encode())]
-        for rank, other in enumerate(layouts):
-            if other != layouts[0]:
-                length = min(len(other), len(layouts[0]))
-                at = next((i for i in range(length) if other[i] != layouts[0][i]), length)
-                first, second = (entries[at] if at < len(entries) else "nothing" for entries in (layouts[0], other))
-                raise ValueError(f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}")
-
     def _broadcast(self) -> None:
         self.comm.broadcast(self._buffer.data)
         for array in [*(parameter.data for parameter in self._frozen), *self.module.buffers()]:
             copy = np.array(array, order="C")
             array[...] = self.comm.broadcast(copy)
-
-
-def checksum(array: Array) -> int:
-    """CRC-32 of the bytes of `array`."""
-    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
 
 
 class _ForwardPass:
@@ -479,7 +441,3 @@ def _leading_axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if isinstance(value, Tensor | np.ndarray) and value.ndim:
             return int(value.shape[0])
     raise TypeError("DataParallel finds no array among the arguments whose first axis could be the batch")
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"

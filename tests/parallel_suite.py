@@ -11,7 +11,8 @@ from distprop import manual_seed, nn, no_grad, optim, tensor
 from distprop.comm import Communicator
 from distprop.data.loader import share
 from distprop.lane import MESSAGE_NUMBERS, ScheduleError
-from distprop.parallel import DataParallel, DivergenceError
+from distprop.parallel import DataParallel
+from distprop.replicas import DivergenceError
 from distprop.tensor import Parameter, Tensor
 from scenario import Suite
 

@@ -14,7 +14,8 @@ from distprop import fingerprint, nn, optim
 from distprop import functional as F
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, run_threads
-from distprop.fingerprint import COMPARE_EVERY, FINGERPRINTS, DivergenceError, Hashes, Record, RecordError
+from distprop.fingerprint import COMPARE_EVERY, FINGERPRINTS, Hashes, Record, RecordError
+from distprop.replicas import DivergenceError
 from distprop.update import NonFiniteLossError
 
 ROWS, STEPS = 40, 20

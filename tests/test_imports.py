@@ -18,7 +18,7 @@ FLOORS = [
     {"allocator", "random", "tape", "rows", "tensor", "functional", "testing", "comm", "cost", "chart", "slurm"},
     {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},
-    {"parallel", "fixed_tree", "lane", "message_sum", "running"},
+    {"parallel", "fixed_tree", "lane", "message_sum", "replicas", "running"},
     {"checkpoint", "shared_folder"},
     {"environment", "evaluation", "fingerprint", "frame", "live", "logs", "metrics", "panel", "progress"}
     | {"diagnosis", "health", "look", "repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline"}

@@ -19,10 +19,11 @@ from distprop import nn, numbers, optim
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, play, run_threads, world
 from distprop.config import Config, Model, Optim, Train
-from distprop.fingerprint import DivergenceError, compare, read
+from distprop.fingerprint import compare, read
 from distprop.job import train_from_config
 from distprop.random import Stream, generator
 from distprop.replay import Replayed, ReplayError, plan, replay
+from distprop.replicas import DivergenceError
 from distprop.rundir import RUN
 from distprop.tensor import record
 

@@ -17,7 +17,8 @@ from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
 from distprop.evaluation import EVALUATION_ROWS
 from distprop.metrics import StepResult
-from distprop.parallel import DivergenceError, NonFiniteGradientError
+from distprop.parallel import NonFiniteGradientError
+from distprop.replicas import DivergenceError
 from distprop.tensor import Tensor
 from distprop.train import Trainer
 from distprop.update import NonFiniteLossError

@@ -1,0 +1,71 @@
+"""Every rank has a replica of the model: the same layout and values at the start, compared bit for bit from then on."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from distprop.comm import Communicator
+from distprop.nn.module import Module
+from distprop.tape import Array
+from distprop.tensor import Parameter
+
+
+class DivergenceError(RuntimeError):
+    """Parameters that should be equal on all ranks are not. `culprits` are the ranks that differ from most."""
+
+    def __init__(self, message: str, culprits: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.culprits = culprits
+
+
+def compare_layout(module: Module, comm: Communicator) -> None:
+    """Compare names, shapes and dtypes of all parameters and buffers. Collective.
+
+    Raises:
+        ValueError: they differ; names the first one that does.
+    """
+    layout = [f"{n} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for n, p in module.named_parameters()]
+    layout += [f"{name} {buffer.shape} {buffer.dtype} buffer" for name, buffer in module.named_buffers()]
+    layouts = [json.loads(message) for message in comm.allgather(json.dumps(layout).encode())]
+    for rank, other in enumerate(layouts):
+        if other != layouts[0]:
+            length = min(len(other), len(layouts[0]))
+            at = next((i for i in range(length) if other[i] != layouts[0][i]), length)
+            first, second = (entries[at] if at < len(entries) else "nothing" for entries in (layouts[0], other))
+            raise ValueError(f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}")
+
+
+def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicator, note: float) -> list[float]:
+    """Compare all parameters by their checksums. Collective. Returns the `note` of every rank, which travels along.
+
+    Raises:
+        DivergenceError: names the first parameter that differs, and the ranks.
+    """
+    sums = np.array([checksum(parameter.data) for _, parameter in parameters], np.uint32)
+    messages = comm.allgather(np.float64(note).tobytes() + sums.tobytes())
+    every_sum = [np.frombuffer(message, np.uint32, offset=8) for message in messages]
+    for number, (name, parameter) in enumerate(parameters):
+        by_sum: dict[int, list[int]] = {}
+        for rank, of_rank in enumerate(every_sum):
+            by_sum.setdefault(int(of_rank[number]), []).append(rank)
+        if len(by_sum) > 1:
+            groups = sorted(by_sum.values(), key=len)
+            raise DivergenceError(
+                f"parameter {name} of shape {parameter.shape} differs between ranks: "
+                f"{_ranks(groups[0])} against {_ranks(groups[-1])}",
+                tuple(rank for group in groups[:-1] for rank in group),
+            )
+    return [float(np.frombuffer(message, np.float64, 1)[0]) for message in messages]
+
+
+def checksum(array: Array) -> int:
+    """CRC-32 of the bytes of `array`."""
+    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"
