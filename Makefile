@@ -14,13 +14,13 @@ MPIS := mpich5 impi debian-openmpi debian-mpich
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel faults cluster slurm test-mpis $(MPIS:%=test-%) clean
+.PHONY: demo test lint types unit parallel cluster test-mpis $(MPIS:%=test-%) clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/distprop run -n 2 examples/digits.py
 
-test: lint types unit parallel faults cluster slurm
+test: lint types unit parallel cluster
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(SOURCES)
@@ -35,17 +35,10 @@ unit: $(VENV)/.dev-installed
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
 
-# `unit` has the same tests under Open MPI 5
-faults: .venv-mpich5/.test-installed
-	.venv-mpich5/bin/python -m pytest tests/test_faults.py
-
-# On several hosts, which are containers: needs Docker with Compose
-cluster: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -m "not timing" --ignore tests/cluster/test_slurm.py tests/cluster
-
-# On a Slurm of two nodes or more, under Open MPI 5 and MPICH 5
-slurm: $(VENV)/.dev-installed .venv-mpich5/.test-installed
-	$(BIN)/python -m pytest tests/cluster/test_slurm.py
+# On several hosts, which are containers, and on a Slurm of two nodes or more, under Open MPI 5 and MPICH 5; each is
+# skipped where there is no Docker with Compose, or no Slurm
+cluster: $(VENV)/.dev-installed .venv-mpich5/.test-installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not timing" tests/cluster
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
@@ -55,16 +48,15 @@ test-impi: .venv-impi/.test-installed
 test-debian-openmpi test-debian-mpich: .venv-debian/.test-installed
 $(MPIS:%=test-%):
 	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
-	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,$(TESTS)))
+	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(TESTS)))
 
 ENVIRONMENT = $(@:test-%=.venv-%)
 test-debian-%: ENVIRONMENT = .venv-debian
 test-debian-openmpi: export MPI4PY_LIBMPI = libmpi.so.40
 test-debian-mpich: export LD_LIBRARY_PATH = $(CURDIR)/.venv-debian/lib
-RANKS = 2 3
-test-mpich5: RANKS = 1 2 3 4 5 8
-test-debian-mpich: RANKS = 2  # this version's waiting ranks keep their core: 3 and 4 ranks on two cores take 6 minutes
-test-mpich5: TESTS = test_launch.py test_stopping.py test_restart.py
+RANKS = 2  # waiting ranks of MPICH 4.0 keep their core: on two cores 3 and 4 ranks take 6 minutes
+test-mpich5: RANKS = 1 2 3 4 8
+test-mpich5: TESTS = test_launch.py test_stopping.py test_restart.py test_faults.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distprop needs Python 3.11 or later; make PYTHON=python3.12 ...")'

@@ -20,7 +20,7 @@ pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_sui
 
 
 def pytest_collection_modifyitems(config, items):
-    """With `pytest -n 2 --dist loadgroup`, one worker gets all tests of MPI jobs, which have time limits.
+    """With `pytest -n 2 --dist loadgroup`, one worker gets all tests of MPI jobs and one those of containers.
 
     Modules that start other processes stay together, for what their fixtures make.
     """
@@ -28,8 +28,12 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         module = vars(getattr(item, "module", pytest))
-        if "needs_mpi" in module or "subprocess" in module:
-            item.add_marker(pytest.mark.xdist_group("jobs" if "needs_mpi" in module else module["__name__"]))
+        if "needs_mpi" in module:
+            item.add_marker(pytest.mark.xdist_group("jobs"))
+        elif "built" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("containers"))
+        elif "subprocess" in module:
+            item.add_marker(pytest.mark.xdist_group(module["__name__"]))
 
 
 @pytest.fixture(autouse=True)

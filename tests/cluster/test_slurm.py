@@ -76,7 +76,7 @@ def batch_with(slurm: None, tmp_path: Path) -> Iterator[Callable[[Path], Batch]]
 
     def make(python: Path) -> Batch:
         if not python.exists():
-            missing(f"{python.parent.parent.name} is not there (`make slurm` makes it)")
+            missing(f"{python.parent.parent.name} is not there (`make .venv-mpich5/.test-installed` makes it)")
         batches.append(Batch(tmp_path, python))
         return batches[-1]
 
