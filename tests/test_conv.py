@@ -8,7 +8,7 @@ import pytest
 from distprop import functional as F
 from distprop import nn
 from distprop.buffer import FlatBuffer
-from distprop.functional import correlate, depthwise, groups, windows
+from distprop.functional import correlate, depthwise, groups, rowwise, windows
 from distprop.tensor import Parameter, Tensor
 from distprop.testing import check_grads
 from test_functional import TOLERANCE, Case, Operation, assert_close, cotangent, frozen
@@ -99,13 +99,18 @@ def channels_last(x: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Makes the blocks small: a few windows each, so that one image is several and a batch has a smaller last one."""
+    """Makes the blocks small: a few windows each, so that one image is several and a batch has a smaller last one.
 
-    def set_bytes(number: int, short_row: int = windows.SHORT_ROW) -> None:
+    With `small_product` all kernels go a row at a time, in products of so many multiplications if they can.
+    """
+
+    def set_bytes(number: int, short_row: int = windows.SHORT_ROW, small_product: int = 0) -> None:
         monkeypatch.setattr(windows, "SHORT_ROW", short_row)
-        monkeypatch.setattr(correlate, "BLOCK_BYTES", number)
         monkeypatch.setattr(correlate, "SMALL_PRODUCT", 1)
-        monkeypatch.setattr(depthwise, "BLOCK_BYTES", number)
+        monkeypatch.setattr(rowwise, "suits", lambda channels, outputs, window: small_product > 0)
+        monkeypatch.setattr(rowwise, "SMALL_PRODUCT", small_product)
+        for module in (correlate, depthwise, rowwise):
+            monkeypatch.setattr(module, "BLOCK_BYTES", number)
 
     return set_bytes
 
@@ -116,11 +121,16 @@ def test_gradients_agree_with_finite_differences(case):
     check_grads(lambda *tensors: case.run(tensors), inputs, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("block_bytes", "short_row"), [(1, 12), (700, 0), (1 << 21, 12), (1 << 21, 0)])
+@pytest.mark.parametrize(
+    ("block_bytes", "short_row", "small_product"),
+    [(1, 12, 0), (700, 0, 0), (1 << 21, 12, 0), (1 << 21, 0, 0), (1, 12, 1), (700, 12, 100), (1 << 21, 12, 150)],
+)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_agree_with_pytorch_whatever_the_block(case, dtype, block_bytes, short_row, torch, blocks):
-    blocks(block_bytes, short_row)
+def test_values_and_gradients_agree_with_pytorch_whatever_the_block(
+    case, dtype, block_bytes, short_row, small_product, torch, blocks
+):
+    blocks(block_bytes, short_row, small_product)
     inputs, _, options = case.arguments(dtype)
     if block_bytes == 700:
         inputs[0] = channels_last(inputs[0])
@@ -146,7 +156,7 @@ def compare(function, inputs, options, torch):
 @pytest.mark.parametrize("seed", range(80))
 def test_any_geometry_is_pytorchs_or_is_refused_by_both(seed, torch, blocks):
     rng = np.random.default_rng(seed)
-    blocks(int(rng.choice([1, 1000, 1 << 21])), int(rng.choice([0, 12])))
+    blocks(int(rng.choice([1, 1000, 1 << 21])), int(rng.choice([0, 12])), int(rng.choice([0, 1, 100])))
 
     def pair(low, high):
         return tuple(int(n) for n in rng.integers(low, high, 2))
@@ -167,6 +177,29 @@ def test_any_geometry_is_pytorchs_or_is_refused_by_both(seed, torch, blocks):
             function(*inputs, **options)
     else:
         compare(function, inputs, options, torch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "options"),
+    [
+        ((5, 16, 9, 7), (12, 16, 3, 3), {"padding": 1}),
+        ((5, 16, 9, 8), (12, 8, 3, 3), {"padding": 1, "groups": 2}),
+        ((3, 8, 11, 9), (8, 8, 5, 3), {"stride": (3, 2), "padding": 2, "dilation": (2, 1)}),
+        ((1, 32, 40, 30), (16, 32, 3, 3), {}),  # one image is several blocks
+    ],
+)
+def test_a_row_of_the_kernel_at_a_time_gives_what_whole_windows_do(shape, weight, options, blocks, rng):
+    inputs = [frozen(rng.normal(size=s)) for s in (shape, weight, weight[:1])]
+    found = []
+    for small_product in (0, 3_000):
+        blocks(20_000, small_product=small_product)
+        tensors = [Tensor(a, requires_grad=True) for a in inputs]
+        value = F.conv2d(*tensors, **options)
+        value.backward(cotangent(value.shape, "float64"))
+        found.append([value.data, *(t.grad for t in tensors)])
+    for whole, by_row in zip(*found, strict=True):
+        assert_close(by_row, whole, 1e-13)
+    assert not np.array_equal(found[0][0], found[1][0])  # the same to the bit would be the same way twice
 
 
 @pytest.mark.parametrize("kernel", [(2, 4), (4, 3), (1, 2)])

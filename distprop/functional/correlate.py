@@ -52,8 +52,8 @@ def input_gradient(grad: Array, weight: Array, window: Window, size: Pair) -> Ar
     Where windows of g would be mostly border, or with a stride, each block of g is multiplied with the kernel and the
     windows that come out are added up where they overlap; else it is a correlation of g with the kernel turned round.
     """
-    if _is_correlation(window, size):
-        return correlate(grad, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), None, _turned_round(window, size))
+    if is_correlation(window, size):
+        return correlate(grad, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), None, window.turned_round(size))
     outputs, channels = weight.shape[:2]
     dx = np.zeros((len(grad), *size, channels), grad.dtype)
     matrix = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)
@@ -75,28 +75,22 @@ def gradients(images: Array, grad: Array, weight: Array, window: Window) -> tupl
     dw[o, c, k] = Σ_p x[p, c] g[p + padding − k·dilation, o].
     """
     size = (images.shape[1], images.shape[2])
-    if not _is_correlation(window, size):
+    if not is_correlation(window, size):
         return input_gradient(grad, weight, window, size), weight_gradient(images, grad, window)
     outputs, channels = weight.shape[:2]
     dx = np.empty_like(images)
     matrix = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, channels)
     total = np.zeros((channels, len(matrix)), images.dtype)
     product = np.empty_like(total)
-    for where, windows in patches(grad, _turned_round(window, size), _positions(grad, window, channels)):
+    for where, windows in patches(grad, window.turned_round(size), _positions(grad, window, channels)):
         np.matmul(windows, matrix, out=dx[where].reshape(-1, channels))
         total += np.matmul(images[where].reshape(-1, channels).T, windows, out=product)
     return dx, total.reshape(channels, *window.kernel, outputs)[:, ::-1, ::-1].transpose(3, 0, 1, 2)
 
 
-def _is_correlation(window: Window, size: Pair) -> bool:
+def is_correlation(window: Window, size: Pair) -> bool:
     """Whether dx is best computed as a correlation: no stride, and g is not much smaller than x."""
     return window.stride == (1, 1) and 4 * window.output[0] * window.output[1] >= 3 * size[0] * size[1]
-
-
-def _turned_round(window: Window, size: Pair) -> Window:
-    """Without stride: the windows of g that the pixels of an image of `size` see, its kernel turned by 180°."""
-    (height, width), padding = window.extent, window.padding
-    return Window(window.kernel, (1, 1), window.dilation, (height - 1 - padding[0], width - 1 - padding[1]), size)
 
 
 def _positions(images: Array, window: Window, others: int) -> int:

@@ -1,7 +1,8 @@
-"""The products of `distprop.functional.correlate` for convolutions in groups of channels.
+"""Which products a convolution is made of: those of `correlate`, of `rowwise` or of `depthwise`.
 
-Group i of the input channels meets group i of the kernels alone, `weight` `(o, c/groups, kh, kw)`. Each group is a
-convolution of its own, and where a group is one input channel it is `distprop.functional.depthwise`.
+Group i of the input channels meets group i of the kernels alone, `weight` `(o, c/groups, kh, kw)`. Where a group is one
+input channel, its products are those of `distprop.functional.depthwise`; where it is a few, those of
+`distprop.functional.rowwise`; else each group is a convolution of its own, `distprop.functional.correlate`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.functional import correlate as single
-from distprop.functional import depthwise
+from distprop.functional import depthwise, rowwise
 from distprop.functional.windows import Pair, Window
 from distprop.tape import Array
 
 
 def correlate(images: Array, weight: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """See `correlate.correlate`."""
+    if groups > 1 and weight.shape[1] == 1:
+        return depthwise.correlate(images, weight, bias, window)
+    if rowwise.suits(weight.shape[1], len(weight) // groups, window):
+        return rowwise.correlate(images, weight, bias, window, groups)
     if groups == 1:
         return single.correlate(images, weight, bias, window)
-    if weight.shape[1] == 1:
-        return depthwise.correlate(images, weight, bias, window)
     biases = [None] * groups if bias is None else np.split(bias, groups)
     parts = zip(_channels(images, groups), np.split(weight, groups), biases, strict=True)
     return np.concatenate([single.correlate(x, w, b, window) for x, w, b in parts], axis=3)
@@ -27,29 +30,40 @@ def correlate(images: Array, weight: Array, bias: Array | None, window: Window, 
 
 def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, groups: int) -> Array:
     """See `correlate.input_gradient`."""
+    if groups > 1 and weight.shape[1] == 1:
+        return depthwise.input_gradient(grad, weight, window, size, groups)
+    if single.is_correlation(window, size) and rowwise.suits(len(weight) // groups, weight.shape[1], window):
+        turned = rowwise.turned_round(weight, groups)
+        return rowwise.correlate(grad, turned, None, window.turned_round(size), groups)
     if groups == 1:
         return single.input_gradient(grad, weight, window, size)
-    if weight.shape[1] == 1:
-        return depthwise.input_gradient(grad, weight, window, size, groups)
     parts = zip(_channels(grad, groups), np.split(weight, groups), strict=True)
     return np.concatenate([single.input_gradient(g, w, window, size) for g, w in parts], axis=3)
 
 
 def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> Array:
     """See `correlate.weight_gradient`."""
+    channels, outputs = images.shape[3] // groups, grad.shape[3] // groups
+    if groups > 1 and channels == 1:
+        return depthwise.weight_gradient(images, grad, window)
+    if rowwise.suits(channels, outputs, window):
+        return rowwise.weight_gradient(images, grad, window, groups)
     if groups == 1:
         return single.weight_gradient(images, grad, window)
-    if images.shape[3] == groups:
-        return depthwise.weight_gradient(images, grad, window)
     parts = zip(_channels(images, groups), _channels(grad, groups), strict=True)
     return np.concatenate([single.weight_gradient(x, g, window) for x, g in parts])
 
 
 def gradients(images: Array, grad: Array, weight: Array, window: Window, groups: int) -> tuple[Array, Array]:
     """See `correlate.gradients`."""
-    if groups == 1:
-        return single.gradients(images, grad, weight, window)
     size = (images.shape[1], images.shape[2])
+    if groups > 1 and weight.shape[1] == 1:
+        return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
+    if single.is_correlation(window, size) and rowwise.suits(len(weight) // groups, weight.shape[1], window):
+        turned = rowwise.turned_round(weight, groups)
+        return rowwise.gradients(images, grad, turned, window.turned_round(size), groups)
+    if groups == 1 and not rowwise.suits(weight.shape[1], len(weight), window):
+        return single.gradients(images, grad, weight, window)
     return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
 
 

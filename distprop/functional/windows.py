@@ -54,6 +54,11 @@ class Window:
         """Whether a window is one pixel and the windows are side by side."""
         return self.kernel == (1, 1) and self.stride == (1, 1)
 
+    def turned_round(self, size: Pair) -> Window:
+        """Without stride: the windows of y that the pixels of an image of `size` see, the kernel turned by 180°."""
+        (height, width), padding = self.extent, self.padding
+        return Window(self.kernel, (1, 1), self.dilation, (height - 1 - padding[0], width - 1 - padding[1]), size)
+
     def shifts(self) -> Iterator[tuple[int, int, Where]]:
         """(i, j, the slices of a block that the kernel's element i, j meets) in row-major order."""
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
