@@ -92,10 +92,25 @@ def test_values_and_gradients_agree_with_pytorch_whatever_the_block(case, dtype,
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.operation.function is F.max_pool2d], ids=str)
 def test_among_equal_maxima_the_first_gets_the_whole_gradient_as_in_pytorch(case, torch, block):
-    for values in ([0.0], [-1.0, 0.0], [-2.0, -1.0, -3.0], [0.0, -0.0]):
+    for values in ([0.0], [-1.0, 0.0], [-2.0, -1.0, -3.0], [0.0, -0.0], [-np.inf], [-np.inf, -1.0]):
         x = frozen(np.random.default_rng(3).choice(values, case.shapes[0]))
         for found, expected in zip(*on_both(case, x, torch), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.operation.function is F.max_pool2d], ids=str)
+def test_a_nan_spreads_to_every_window_that_sees_it_as_in_pytorch(case, torch, block):
+    x = frozen(np.random.default_rng(4).choice([0.0, 1.0, -np.inf, np.nan], case.shapes[0], p=[0.3, 0.3, 0.3, 0.1]))
+    (value, _), (expected, _) = on_both(case, x, torch)
+    np.testing.assert_array_equal(value, expected)
+
+
+def test_a_dilated_window_that_straddles_the_image_gives_no_gradient():
+    x = Tensor(np.array([[[[1.0, 2.0]]]]), requires_grad=True)  # the window sees the pixels -1 and 2
+    value = F.max_pool2d(x, (1, 2), padding=(0, 1), dilation=(1, 3), stride=1)
+    assert value.data.tolist() == [[[[-np.inf]]]]
+    value.backward(np.ones((1, 1, 1, 1)))
+    assert x.grad.tolist() == [[[[0, 0]]]]
 
 
 @pytest.mark.parametrize("kernel", [16, 17])

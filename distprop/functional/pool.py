@@ -1,27 +1,25 @@
 """Pooling: the largest or the mean of the pixels in each window. Memory is channels-last, as in `conv`.
 
-Nothing is gathered: for each element of the kernel the pixels that it meets are one strided view of the image, and the
-result is a maximum or a sum over as many views as the kernel has elements, in blocks that stay in the cache. Sums, and
-maxima where it pays, are made along one axis, then along the other.
+Windows are gathered nowhere: what an element of the kernel meets in a block of windows is one array or view, and the
+result is a maximum or a sum over these, along one axis and then along the other, in blocks that stay in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from distprop.functional.check import floating
 from distprop.functional.geometry import Size, pair, pooling_window
-from distprop.functional.windows import Block, Pair, Where, Window, channels_last, channels_second, gather, scatter
+from distprop.functional.phases import layouts, phases
+from distprop.functional.sliding import Axis, spread, sums
+from distprop.functional.windows import Pair, Window, blocks, channels_last, channels_second
 from distprop.tape import Array, Out, gradients_needed
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
-BLOCK_BYTES = 1 << 18  # of outputs: measured on a second-level cache of 2 MiB; twice as much is 3 to 30 % slower
-
-Share: TypeAlias = Callable[[Where, int, Array | None], Array]
+BLOCK_BYTES = 1 << 19  # of pixels: for a second-level cache of 2 MiB
 
 
 def max_pool2d(
@@ -47,22 +45,11 @@ def max_pool2d(
     kernel = pair("max_pool2d", "kernel_size", kernel_size, 1)
     window = pooling_window("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
     images = channels_last(x.data)
+    value, winner = _largest(images, window, gradients_needed((x,)))
     shape = images.shape
-    (kh, kw), remember = kernel, gradients_needed((x,))
-    passes = [window]
-    if kw * window.stride[0] + kh < kh * kw:  # the largest of each row, then of these, has the same winner for less
-        passes = [_along(1, window, shape[1]), _along(0, window, window.output[1])]
-    value, winners = images, []
-    for part in passes:
-        value, winner = _largest(value, part, remember)
-        winners.append(winner)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
-        g = channels_last(grad)
-        sizes = [shape, *(winner.shape for winner in winners)]
-        for number in reversed(range(len(passes))):
-            g = _spread(sizes[number], g.dtype, passes[number], partial(_if_won, g, winners[number]))
-        return [channels_second(g)]
+        return [channels_second(_to_winners(channels_last(grad), winner, shape, window))]
 
     return record(channels_second(value), (x,), vjp)
 
@@ -92,20 +79,31 @@ def avg_pool2d(
     if divisor_override == 0:
         raise ValueError("avg_pool2d: divisor_override must not be 0")
     images = channels_last(x.data)
-    shape = images.shape
-    shares = _shares(window, (shape[1], shape[2]), count_include_pad, divisor_override).astype(x.dtype)
-    if shares.min() == shares.max():
-        shares = shares[0, 0]  # a multiplication by one number takes half the time
-    down, across = _along(0, window, shape[2]), _along(1, window, window.output[0])
-    strips = (shape[0], *down.output, shape[3])
-    value = _sums(_sums(images, down), across)
-    value *= shares
+    n, height, width, channels = shape = images.shape
+    columns = window.output[1]
+    down, across = Axis.of(window, 0, height), Axis.of(window, 1, width)
+    shares = _shares(window, (height, width), count_include_pad, divisor_override).astype(x.dtype)
+    # a row is multiplied by one number or by as many as it has: twice as fast as pixel by pixel
+    shares = shares[:, :1] if (shares == shares[:, :1]).all() else np.repeat(shares, channels, axis=1)
+    value = np.empty((n, *window.output, channels), x.dtype)
+    for some, rows in blocks(n, window.output, _positions(images, window.stride[0] * window.stride[1])):
+        own, seen = down.seen_by(rows)
+        strips = np.empty((some.stop - some.start, own.outputs, width, channels), x.dtype)
+        sums(_rows(images[some, seen]), own, _rows(strips))
+        sums(_columns(strips), across, _columns(value[some, rows]))
+        averages = _rows(value[some, rows])
+        averages *= shares[rows]
 
     def vjp(grad: Array, out: Out) -> list[Array]:
-        g = channels_last(grad) * shares
-        for part, size in ((across, strips), (down, shape)):
-            g = _spread(size, g.dtype, part, partial(_whole, g))
-        return [channels_second(g)]
+        g = channels_last(grad)
+        dx = np.empty(shape, g.dtype)
+        for some, rows in blocks(n, (height, width), _positions(dx, 1)):  # of pixels
+            own, seeing = down.seeing(rows)
+            strips = np.empty((some.stop - some.start, own.outputs, width, channels), g.dtype)
+            parts = (_rows(g[some, seeing]) * shares[seeing]).reshape(-1, columns, channels)
+            spread(parts, across, _columns(strips))
+            spread(_rows(strips), own, _rows(dx[some, rows]))
+        return [channels_second(dx)]
 
     return record(channels_second(value), (x,), vjp)
 
@@ -153,65 +151,113 @@ def _mean_of_all(x: Tensor) -> Tensor:
     return record(channels_second(value[:, :, None]), (x,), vjp)
 
 
-def _along(axis: int, window: Window, others: int) -> Window:
-    """The windows along one axis alone, `others` being how many rows or columns there are of the other."""
-    pairs = (window.kernel, 1), (window.stride, 1), (window.dilation, 1), (window.padding, 0), (window.output, others)
-    return Window(*((own[0], other) if axis == 0 else (other, own[1]) for own, other in pairs))
-
-
-def _sums(images: Array, window: Window) -> Array:
-    """The sum of the pixels of each window."""
-    value = np.empty((len(images), *window.output, images.shape[3]), images.dtype)
-    for block in gather(images, window, _positions(images)):
-        total = value[block.where]
-        for number, met in enumerate(_met(_phases(block), block.window)):
-            if number == 0:
-                total[...] = met
-            else:
-                total += met
-    return value
-
-
-def _whole(grad: Array, where: Where, number: int, out: Array | None) -> Array:
-    """A `Share`: all of the gradient."""
-    return grad[where] if out is None else np.positive(grad[where], out=out)
-
-
-def _if_won(grad: Array, winner: Array, where: Where, number: int, out: Array | None) -> Array:
-    """A `Share`: the gradient where this element of the kernel won; floats multiply faster with floats."""
-    return np.multiply(grad[where], (winner[where] == number).view(np.uint8).astype(grad.dtype), out=out)
-
-
 def _largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
-    """(the largest pixel of each window, which of the kernel's elements met it), the latter only if asked for."""
-    elements = window.kernel[0] * window.kernel[1]
-    shape = (len(images), *window.output, images.shape[3])
-    value = np.empty(shape, images.dtype)
-    winner = np.zeros(shape if remember else (0, *shape[1:]), np.min_scalar_type(elements - 1))
-    for block in gather(images, window, _positions(images), border=-np.inf):
-        largest, won = value[block.where], winner[block.where]
-        for number, met in enumerate(_met(_phases(block), block.window)):
-            if number == 0:
-                largest[...] = met
-                continue
+    """(the largest pixel of each window, the number of the kernel's element that met it, the latter if asked for).
+
+    The largest of each row first, then of these: so the first winner, row by row, is found for fewer comparisons.
+    """
+    n, _, _, channels = images.shape
+    (kh, kw), (sh, sw) = window.kernel, window.stride
+    value = np.empty((n, *window.output, channels), images.dtype)
+    winner = np.empty((n if remember else 0, *window.output, channels), np.min_scalar_type(kh * kw - 1))
+    for where, seen, layout in layouts(images.shape, window, _positions(images, (3 + sh * sw) / 2)):
+        found = phases(images[where[0], seen], layout, -np.inf)
+        width = layout.size - layout.columns[-1][1]  # as many numbers as all elements of a row meet
+        length = width - layout.rows[-1][1]
+        column, number = layout.first_elements  # the border does not win, not even from −∞
+        best = layout.flat("all", images.dtype, length)
+        if (kw - 1) * min(kh, sh) + kh >= kh * kw:  # as many comparisons in one go
+            met = [found[a, b][down + shift :][:length] for a, down in layout.rows for b, shift in layout.columns]
+            best, won = _first_largest(met, range(kh * kw) if remember else None, number[:length], best)
+        else:
+            in_row, columns = {}, {}
+            for a in dict(layout.rows):
+                met = [found[a, b][shift : shift + width] for b, shift in layout.columns]
+                memory = layout.flat(a, images.dtype, width)
+                in_row[a], columns[a] = _first_largest(met, range(kw) if remember else None, column[:width], memory)
+            met = [in_row[a][shift:][:length] for a, shift in layout.rows]
+            first, numbers = number[:length], None
             if remember:
-                larger = np.greater(met, largest).view(np.uint8)
-                np.maximum(won, np.multiply(larger, number, dtype=won.dtype), out=won)
-            np.maximum(largest, met, out=largest)
+                numbers = [columns[a][shift:][:length] for a, shift in layout.rows]
+                numbers = [np.add(j, i * kw, dtype=j.dtype) for i, j in enumerate(numbers)]
+                first = np.maximum(first, numbers[0])
+            best, won = _first_largest(met, numbers, first, best)
+        value[where] = layout.outputs(best)
+        if remember:
+            winner[where] = layout.outputs(won)
     return value, winner
 
 
+def _first_largest(
+    met: Sequence[Array], numbers: Sequence[Any] | None, first: Array, out: Array
+) -> tuple[Array, Array]:
+    """(the largest of some arrays, the number of the first that has it); without numbers, which increase, only that.
+
+    `first` has the numbers of array 0, or where that is border of the first array that is not.
+    """
+    best, won = met[0], first
+    for place in range(1, len(met)):
+        if numbers is not None:
+            larger = np.greater(met[place], best).view(np.uint8)
+            won = np.maximum(won, np.multiply(larger, numbers[place], dtype=won.dtype))
+        best = np.maximum(best, met[place], out=out)
+    return best, won
+
+
+def _to_winners(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
+    """dx: each g is added to the pixel that won, in the order of the outputs."""
+    n, _, width, channels = shape
+    (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
+    steps = np.add.outer(np.arange(kh) * dh * width, np.arange(kw) * dw).reshape(-1) * channels
+    blind = np.logical_or.outer(*(_blind(window, axis, shape[axis + 1]) for axis in (0, 1)))
+    some_blind = blind.any()
+    if some_blind:
+        grad = np.where(blind[:, :, None], 0, grad)
+    dx = np.empty(shape, grad.dtype)
+    first: Array | None = None
+    for some, rows in blocks(n, window.output, _positions(dx, sh * sw)):
+        block = (some.stop - some.start, rows.stop - rows.start, window.output[1], channels)
+        if first is None or first.shape != block:
+            first = _first_pixels(block, shape, window)
+        if rows.start == 0:
+            dx[some] = 0
+        pixel = (steps + rows.start * sh * width * channels).take(winner[some, rows], mode="clip")
+        pixel += first
+        if some_blind:
+            pixel[:, blind[rows]] = 0
+        np.add.at(dx[some].reshape(-1), pixel.reshape(-1), grad[some, rows].reshape(-1))
+    return dx
+
+
+def _first_pixels(block: tuple[int, ...], shape: tuple[int, ...], window: Window) -> Array:
+    """Where in the memory of a block's images the element 0 of each window is, or would be were there no border."""
+    images, rows, columns, channels = map(np.arange, block)
+    rows = rows * window.stride[0] - window.padding[0]
+    columns = columns * window.stride[1] - window.padding[1]
+    _, height, width, count = shape
+    rows = images[:, None] * height + rows
+    return ((rows[:, :, None] * width + columns) * count)[:, :, :, None] + channels
+
+
+def _blind(window: Window, axis: int, length: int) -> Array:
+    """Which windows see none of the rows (`axis` 0) or columns; with a dilation they can straddle a small image."""
+    first = np.arange(window.output[axis]) * window.stride[axis] - window.padding[axis]
+    pixels = np.add.outer(first, np.arange(window.kernel[axis]) * window.dilation[axis])
+    outside: Array = (pixels < 0) | (pixels >= length)
+    return np.logical_and.reduce(outside, axis=1)
+
+
 def _shares(window: Window, size: Pair, count_include_pad: bool, divisor: int | None) -> Array:
-    """1/m for each position of the window, `(rows, columns, 1)`; a window's pixels are rows times columns."""
+    """1/m for each position of the window, `(rows, columns)`; a window's pixels are rows times columns."""
     if divisor is not None:
-        return np.full((*window.output, 1), 1 / divisor)
+        return np.full(window.output, 1 / divisor)
     counts = []
     for axis in (0, 1):
         padding = window.padding[axis]
         first = np.arange(window.output[axis]) * window.stride[axis] - padding
         last = np.minimum(first + window.kernel[axis], size[axis] + (padding if count_include_pad else 0))
         counts.append(last - (first if count_include_pad else np.maximum(first, 0)))
-    return 1 / np.multiply.outer(*counts)[:, :, None]
+    return 1 / np.multiply.outer(*counts)
 
 
 def _means(length: int, parts: int, dtype: np.dtype[Any]) -> Array:
@@ -221,64 +267,6 @@ def _means(length: int, parts: int, dtype: np.dtype[Any]) -> Array:
     last = -(-(np.arange(parts)[:, None] + 1) * length // parts)
     inside = (first <= places) & (places < last)
     return (inside / (last - first)).astype(dtype)
-
-
-def _spread(shape: tuple[int, ...], dtype: np.dtype[Any], window: Window, share: Share) -> Array:
-    """The adjoint: each element of the kernel adds `share(where, number, out=None)` to the pixels that it meets."""
-    apart = all(extent <= stride for extent, stride in zip(window.extent, window.stride, strict=True))
-    tiled = window.kernel == window.extent == window.stride and window.padding == (0, 0) and window.reach == shape[1:3]
-    dx = (np.empty if tiled else np.zeros)(shape, dtype)
-    for block in scatter(dx, window, _positions(dx)):
-        parts = dict(_parts(block))
-        if window.stride[1] == 1:
-            phases = parts
-        else:
-            phases = {start: (np.empty if apart else np.zeros)(part.shape, dtype) for start, part in parts.items()}
-        for number, met in enumerate(_met(phases, block.window)):
-            if apart:
-                share(block.where, number, met)
-            else:
-                met += share(block.where, number, None)
-        for start, part in parts.items():
-            if phases is not parts:
-                _copy(phases[start], part)
-    return dx
-
-
-def _phases(block: Block) -> dict[Pair, Array]:
-    """`_parts`, each row of them in one piece: all pixels of a row that one element of the kernel meets."""
-    if block.window.stride[1] == 1:
-        return dict(_parts(block))
-    phases = {}
-    for start, part in _parts(block):
-        phases[start] = np.empty(part.shape, part.dtype)
-        _copy(part, phases[start])
-    return phases
-
-
-def _parts(block: Block) -> Iterator[tuple[Pair, Array]]:
-    """The pixels of a block, each stride-th row and column from each (row, column) that the kernel needs."""
-    (kh, kw), (sh, sw), (dh, dw) = block.window.kernel, block.window.stride, block.window.dilation
-    height, width = block.window.reach
-    for row in sorted({i * dh % sh for i in range(kh)}):
-        for column in sorted({j * dw % sw for j in range(kw)}):
-            yield (row, column), block.pixels[:, row:height:sh, column:width:sw]
-
-
-def _met(phases: dict[Pair, Array], window: Window) -> Iterator[Array]:
-    """For each element of the kernel, row by row, the pixels that it meets: `(images, rows, columns, channels)`."""
-    (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
-    for i in range(kh):
-        for j in range(kw):
-            row, column = i * dh // sh, j * dw // sw
-            phase = phases[i * dh % sh, j * dw % sw]
-            yield phase[:, row : row + window.output[0], column : column + window.output[1]]
-
-
-def _copy(source: Array, target: Array) -> None:
-    """`target[...] = source`, all channels of a pixel as one item: more than twice as fast for 32 of them."""
-    item = np.dtype((np.void, source.shape[3] * source.itemsize))
-    target.view(item)[...] = source.view(item)
 
 
 def _images(operation: str, input: Operand) -> Tensor:
@@ -291,5 +279,18 @@ def _images(operation: str, input: Operand) -> Tensor:
     return x
 
 
-def _positions(images: Array) -> int:
-    return max(1, BLOCK_BYTES // (images.shape[3] * images.itemsize))
+def _rows(images: Array) -> Array:
+    """(images, height, width · channels)"""
+    n, height, width, channels = images.shape
+    return images.reshape(n, height, width * channels)
+
+
+def _columns(images: Array) -> Array:
+    """(images · rows, width, channels)"""
+    n, height, width, channels = images.shape
+    return images.reshape(n * height, width, channels)
+
+
+def _positions(images: Array, pixels: float) -> int:
+    """How many windows a block has if each needs so many pixels."""
+    return max(1, int(BLOCK_BYTES / (images.shape[3] * images.itemsize * pixels)))

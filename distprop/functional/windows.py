@@ -81,13 +81,13 @@ def channels_second(y: Array, ndim: int = 4) -> Array:
     return y.transpose(0, 3, 1, 2) if ndim == 4 else y[:, 0].transpose(0, 2, 1)
 
 
-def blocks(batch: int, window: Window, positions: int) -> Iterator[Where]:
-    """Cut `batch` outputs into blocks (images, rows) of about `positions` windows.
+def blocks(batch: int, size: Pair, positions: int) -> Iterator[Where]:
+    """Cut `batch` images of `size` into blocks (images, rows) of about `positions` pixels.
 
     Whole images where one image is small enough, else rows of one image. All blocks but the last ones have one size.
     """
-    rows = window.output[0]
-    fitting = max(1, positions // max(1, window.output[1]))  # rows
+    rows, columns = size
+    fitting = max(1, positions // max(1, columns))  # rows
     if fitting >= rows:
         for images in _equal_parts(batch, fitting // rows):
             yield images, slice(0, rows)
@@ -116,11 +116,8 @@ class Block:
     """`(images, height, width, channels)`, contiguous, with the border; perhaps more rows than the windows see."""
 
 
-def gather(images: Array, window: Window, positions: int, border: float = 0.0) -> Iterator[Block]:
-    """Each block with its pixels: a view of `images` if there is no border, else a copy that the next one overwrites.
-
-    The border's pixels are `border`.
-    """
+def gather(images: Array, window: Window, positions: int) -> Iterator[Block]:
+    """Each block with its pixels: a view of `images` if there is no border, else a copy that the next overwrites."""
     shared: Array | None = None
     for where, part, source, target in _walk(images.shape, window, positions):
         if target is None:
@@ -128,13 +125,13 @@ def gather(images: Array, window: Window, positions: int, border: float = 0.0) -
             continue
         count, rows = where[0].stop - where[0].start, part.reach[0]
         if shared is None:
-            shared = np.full((count, *part.reach, images.shape[3]), border, images.dtype)
+            shared = np.zeros((count, *part.reach, images.shape[3]), images.dtype)
             pixels = shared
         elif pixels.shape[:2] != (count, rows):
             pixels = shared[:count, :rows]
         if part is not window:  # rows of one image: the block before had its border elsewhere
-            pixels[:, : target[0].start] = border
-            pixels[:, target[0].stop :] = border
+            pixels[:, : target[0].start] = 0
+            pixels[:, target[0].stop :] = 0
         pixels[:, target[0], target[1]] = images[source]
         yield Block(where, part, pixels)
 
@@ -159,6 +156,12 @@ def scatter(images: Array, window: Window, positions: int) -> Iterator[Block]:
             images[source] = pixels[:, down, across]
         else:
             images[source] += pixels[:, down, across]
+
+
+def copy_pixels(source: Array, target: Array) -> None:
+    """`target[...] = source`, the last axis as one item of many bytes: faster than as many numbers."""
+    item = np.dtype((np.void, source.shape[-1] * source.itemsize))
+    target.view(item)[...] = source.view(item)
 
 
 def patches(images: Array, window: Window, positions: int) -> Iterator[tuple[Where, Array]]:
@@ -217,7 +220,7 @@ def _walk(shape: tuple[int, ...], window: Window, positions: int) -> Iterator[_S
     bordered = window.padding != (0, 0) or window.reach[0] > shape[1] or window.reach[1] > shape[2]
     across, place_across = _overlap(-window.padding[1], window.reach[1], shape[2])
     seen: slice | None = None
-    for images, rows in blocks(shape[0], window, positions):
+    for images, rows in blocks(shape[0], window.output, positions):
         if rows != seen:
             seen, count = rows, rows.stop - rows.start
             part = window if count == window.output[0] else replace(window, output=(count, window.output[1]))
