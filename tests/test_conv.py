@@ -8,7 +8,7 @@ import pytest
 from distprop import functional as F
 from distprop import nn
 from distprop.buffer import FlatBuffer
-from distprop.functional import correlate, depthwise, groups, rowwise, windows
+from distprop.functional import correlate, depthwise, groups, rowwise, transposed, windows
 from distprop.tensor import Parameter, Tensor
 from distprop.testing import check_grads
 from test_functional import TOLERANCE, Case, Operation, assert_close, cotangent, frozen
@@ -84,6 +84,22 @@ OPERATIONS = [
     ),
     Operation(
         F.conv_transpose2d,
+        [((3, 2, 3, 4), (2, 3, 4, 6), (3,)), ((1, 2, 1, 2), (2, 1, 4, 6)), ((0, 2, 3, 2), (2, 3, 4, 6), (3,))],
+        [
+            {"stride": 2, "padding": 1},
+            {"stride": (4, 2), "padding": (2, 1), "output_padding": (3, 1)},
+            {"stride": (1, 3), "padding": (0, 4)},
+        ],
+        name="conv_transpose2d in tiles",
+    ),
+    Operation(
+        F.conv2d,
+        [((2, 2, 5, 7), (3, 2, 4, 2), (3,))],
+        [{"stride": 2, "padding": 1}, {"stride": (4, 2), "padding": (1, 0)}, {"stride": (2, 1), "padding": (3, 2)}],
+        name="conv2d in tiles",
+    ),
+    Operation(
+        F.conv_transpose2d,
         [((1, 4, 3, 2), (4, 3, 2, 3), (6,)), ((1, 4, 3, 2), (4, 1, 2, 3), (2,))],
         [{"groups": 2}, {"groups": 2, "stride": 2, "padding": (0, 1)}],
         name="conv_transpose2d in groups",
@@ -109,7 +125,7 @@ def blocks(monkeypatch):
         monkeypatch.setattr(correlate, "SMALL_PRODUCT", 1)
         monkeypatch.setattr(rowwise, "suits", lambda channels, outputs, window: small_product > 0)
         monkeypatch.setattr(rowwise, "SMALL_PRODUCT", small_product)
-        for module in (correlate, depthwise, rowwise):
+        for module in (correlate, depthwise, rowwise, transposed):
             monkeypatch.setattr(module, "BLOCK_BYTES", number)
 
     return set_bytes

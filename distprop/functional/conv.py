@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.functional import groups as grouped
+from distprop.functional import transposed
 from distprop.functional.check import same_dtype
 from distprop.functional.geometry import Size, convolution_window, transposed_window
 from distprop.functional.windows import Window, channels_last, channels_second
@@ -91,19 +92,26 @@ def conv_transpose2d(
     images = channels_last(x.data)
     value = grouped.input_gradient(images, w.data, window, size, groups)
     if b is not None:
-        value += b.data
+        rows = value.reshape(-1, value.shape[2] * value.shape[3])
+        rows += np.tile(b.data, value.shape[2])  # longer runs
     inputs = (x, w) if b is None else (x, w, b)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         g = channels_last(grad)
         dx = dw = db = None
-        if x.requires_grad:
-            dx = channels_second(grouped.correlate(g, w.data, None, window, groups))
-        if w.requires_grad:
-            dw = _written(grouped.weight_gradient(g, images, window, groups), out[1])
+        if groups == 1 and x.requires_grad and w.requires_grad:
+            dx, dw = transposed.gradients(images, g, w.data, window)
+        elif x.requires_grad:
+            dx = grouped.correlate(g, w.data, None, window, groups)
+        if dw is None and w.requires_grad:
+            dw = grouped.weight_gradient(g, images, window, groups)
         if b is not None and b.requires_grad:
             db = _bias_gradient(g, out[2])
-        return [dx, dw, db][: len(inputs)]
+        return [
+            None if dx is None else channels_second(dx),
+            None if dw is None else _written(dw, out[1]),
+            db,
+        ][: len(inputs)]
 
     return record(channels_second(value), inputs, vjp)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distprop.functional.transposed import has_tiles, tiled_input_gradient
 from distprop.functional.windows import Pair, Window, patches, scatter
 from distprop.tape import Array
 
@@ -49,9 +50,12 @@ def weight_gradient(images: Array, grad: Array, window: Window) -> Array:
 def input_gradient(grad: Array, weight: Array, window: Window, size: Pair) -> Array:
     """dx[p, c] = Σ_k Σ_o g[q, o] w[o, c, k] over all q, k with q·stride − padding + k·dilation = p, `(n, *size, c)`.
 
-    Where windows of g would be mostly border, or with a stride, each block of g is multiplied with the kernel and the
+    A stride that divides the kernel makes tiles of it (see `distprop.functional.transposed`). Else, with a stride, or
+    where windows of g would be mostly border, each block of g is multiplied with the kernel and the
     windows that come out are added up where they overlap; else it is a correlation of g with the kernel turned round.
     """
+    if has_tiles(window):
+        return tiled_input_gradient(grad, weight, window, size)
     if is_correlation(window, size):
         return correlate(grad, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), None, window.turned_round(size))
     outputs, channels = weight.shape[:2]
