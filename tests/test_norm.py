@@ -136,7 +136,7 @@ CHECKS = [
 def block(request, monkeypatch):
     """The whole at once, and in blocks of a few numbers."""
     if request.param is not None:
-        for name in ("norm", "batch_norm"):
+        for name in ("norm", "group_norm", "batch_norm"):
             monkeypatch.setattr(sys.modules[f"distprop.functional.{name}"], "_BLOCK", request.param)
 
 

@@ -23,6 +23,7 @@ from distprop.functional.batch_norm import batch_norm
 from distprop.functional.conv import conv1d, conv2d, conv_transpose2d
 from distprop.functional.dropout import dropout
 from distprop.functional.embedding import embedding, take
+from distprop.functional.group_norm import group_norm
 from distprop.functional.join import concatenate, pad, split, stack, where
 from distprop.functional.linear import linear
 from distprop.functional.loss import (
@@ -33,7 +34,7 @@ from distprop.functional.loss import (
     mse_loss,
     nll_loss,
 )
-from distprop.functional.norm import group_norm, layer_norm, rms_norm
+from distprop.functional.norm import layer_norm, rms_norm
 from distprop.functional.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from distprop.functional.recurrent import gru, lstm, rnn
 

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from distprop.allocator import aligned_like
 from distprop.functional.check import floating
-from distprop.functional.normal import normal_cdf
+from distprop.functional.normal import normal
 from distprop.functional.pointwise import pointwise, row_sums, rowwise
 from distprop.tape import Array
 from distprop.tensor import Operand, Tensor, as_tensor, sigmoid_of
@@ -40,21 +41,23 @@ def leaky_relu(input: Operand, negative_slope: float = 0.01) -> Tensor:
 
 
 def elu(input: Operand, alpha: float = 1.0) -> Tensor:
-    """x where x > 0, else α(e^x − 1). Derivative: 1, or α e^x = y + α. Source: Clevert et al., 2015."""
+    """x where x > 0, else α(e^x − 1). Derivative: 1, or α e^x. Source: Clevert et al., 2015."""
 
-    def value(x: Array, out: Array) -> None:
-        t = np.tanh(0.5 * np.clip(x, -np.inf, 0))
-        t /= 1 - t  # (e^x − 1)/2
+    def value(x: Array, out: Array, slope: Array | None) -> None:
+        t = np.minimum(x, 0, out=aligned_like(x))
+        t *= 0.5
+        np.tanh(t, out=t)
+        rest = np.subtract(1, t, out=out)
+        t /= rest  # (e^x − 1)/2, or 0
         t *= 2 * alpha
-        np.add(t, np.clip(x, 0, np.inf), out=out)
+        np.maximum(x, 0, out=out)
+        out += t
+        if slope is not None:
+            np.add(t, alpha, out=slope)
+            if alpha != 1:
+                slope += (1 - alpha) * _positive(x)
 
-    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
-        positive = _positive(x)
-        slope = (1 - positive) * (np.clip(y, -abs(alpha), abs(alpha)) + alpha)  # clipped since 0·∞ is not 0
-        slope += positive
-        np.multiply(g, slope, out=out)
-
-    return pointwise(_float("elu", input), value, derivative)
+    return pointwise(_float("elu", input), value, _times_slope, keep=True)
 
 
 def gelu(input: Operand, approximate: str = "none") -> Tensor:
@@ -68,15 +71,11 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
 
     def value(x: Array, out: Array, slope: Array | None) -> None:
-        cdf = normal_cdf(x)
+        cdf, density = normal(x, density=slope is not None)
         np.multiply(x, cdf, out=out)
-        if slope is not None:
-            np.multiply(x, x, out=slope)
-            slope *= -0.5
-            np.exp(slope, out=slope)
-            slope *= 1 / math.sqrt(2 * math.pi)
-            slope *= x
-            slope += cdf
+        if density is not None:
+            density *= x
+            np.add(density, cdf, out=slope)
 
     scale, cubic = math.sqrt(2 / math.pi), 0.044715
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distprop.allocator import aligned_like
 from distprop.functional.check import floating, same_dtype
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
@@ -153,7 +154,7 @@ class _Channels:
         count = len(rows) * (1 if self.last else self.pixels)
         first, squares = np.zeros((2, self.number))
         shift = np.zeros(self.number, self.dtype)
-        spare = np.empty_like(rows[: self.step])
+        spare = aligned_like(rows[: self.step])
         for block in self.blocks(rows):
             x = rows[block]
             if block.start == 0:
@@ -168,7 +169,7 @@ class _Channels:
 
     def affine(self, rows: Array, mean: Array | None, slope: Array, bias: Array | None) -> Array:
         """(rows − mean) · slope + bias."""
-        result = np.empty_like(rows)
+        result = aligned_like(rows)
         m, b = (None if numbers is None else self.pattern(numbers) for numbers in (mean, bias))
         s = self.pattern(slope)
         for block in self.blocks(rows):
@@ -183,7 +184,7 @@ class _Channels:
     def sums(self, grad: Array, rows: Array, mean: Array) -> Array:
         """Σ g and Σ g (x − mean) of each channel, `(2, channels)`."""
         totals = np.zeros((2, self.number))
-        pattern, spare = self.pattern(mean), np.empty_like(rows[: self.step])
+        pattern, spare = self.pattern(mean), aligned_like(rows[: self.step])
         for block in self.blocks(rows):
             g, x = grad[block], rows[block]
             product = np.subtract(x, pattern[: len(x)], out=spare[: len(x)])
@@ -194,7 +195,7 @@ class _Channels:
 
     def centred(self, grad: Array, rows: Array, slope: Array, along: Array, level: Array) -> Array:
         """(g − rows · along − level) · slope."""
-        result, spare = np.empty_like(rows), np.empty_like(rows[: self.step])
+        result, spare = aligned_like(rows), aligned_like(rows[: self.step])
         a, c, s = (self.pattern(numbers) for numbers in (along, level, slope))
         for block in self.blocks(rows):
             g, x, y = grad[block], rows[block], result[block]

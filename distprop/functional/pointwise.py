@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from distprop.allocator import aligned_like
 from distprop.tape import Array, Out, gradients_needed
 from distprop.tensor import Tensor, record
 
@@ -93,7 +94,7 @@ def laid_out_as(model: Array, array: Array) -> Array:
 
 def like(model: Array, place: Array | None) -> Array:
     """`place`, where a gradient is wanted, if it has the memory layout of `model`, else a new array."""
-    return np.empty_like(model) if place is None or place.strides != model.strides else place
+    return aligned_like(model) if place is None or place.strides != model.strides else place
 
 
 def row_sums(matrix: Array) -> Array:
@@ -105,11 +106,11 @@ def _forward(
     in_parts: Callable[..., None], value: Value, x: Tensor, data: Array, keep: bool
 ) -> tuple[Array, Array | None]:
     """y and what the derivative gets."""
-    y = np.empty_like(data)
+    y = aligned_like(data)
     if not keep:
         in_parts(value, data, y)
         return y, data
-    kept = np.empty_like(data) if gradients_needed((x,)) else None
+    kept = aligned_like(data) if gradients_needed((x,)) else None
     in_parts(value, data, y, kept)
     return y, kept
 
