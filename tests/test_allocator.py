@@ -1,11 +1,18 @@
-"""Freed memory is kept, so that a step does not ask the kernel for it again. Each case is a process of its own."""
+"""Freed memory is kept, so that a step does not ask the kernel for it again; arrays that begin at a cache line.
+
+What is kept is a setting of the process, so each case has one of its own.
+"""
 
 import os
 import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from distprop.allocator import CACHE_LINE, aligned_empty, aligned_like
+from distprop.tensor import Tensor, record
 
 STEPS = """
 import resource
@@ -41,3 +48,39 @@ def test_a_step_takes_the_memory_of_the_step_before() -> None:
 def test_the_users_own_settings_stay() -> None:
     """131072 is glibc's default; set by hand it no longer grows, and blocks above it come from the kernel."""
     assert page_faults(MALLOC_MMAP_THRESHOLD_="131072") > 1000
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (300, 257), (7, 64, 33, 2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_large_arrays_begin_at_a_cache_line(shape: tuple[int, ...], dtype: str) -> None:
+    for array in (aligned_empty(shape, dtype), aligned_like(np.empty(shape, dtype))):
+        assert array.shape == shape
+        assert array.dtype == dtype
+        assert array.flags.c_contiguous
+        assert array.nbytes < 16384 or address(array) % CACHE_LINE == 0
+        array[...] = 1
+
+
+def test_the_memory_order_is_the_models() -> None:
+    images = np.empty((4, 20, 30, 16), np.float32).transpose(0, 3, 1, 2)
+    assert aligned_like(images).strides == images.strides
+    assert aligned_like(images.T).strides == images.T.strides
+
+
+def test_a_leaf_takes_a_gradient_that_begins_at_a_cache_line_without_a_copy() -> None:
+    made = []
+
+    def vjp(grad: np.ndarray, out: object) -> list[np.ndarray]:
+        gradient = aligned_like(grad)
+        gradient[...] = grad
+        made.append(address(gradient))
+        return [gradient]
+
+    x = Tensor(np.zeros((100, 100), np.float32), requires_grad=True)
+    record(x.data, (x,), vjp).backward(np.ones((100, 100)))
+    assert x.grad is not None
+    assert address(x.grad) == made[0]
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -520,6 +520,19 @@ def test_gelu_is_accurate_far_out_and_over_many_elements(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gelu_of_huge_numbers_is_they_or_nothing_and_leaves_the_others_alone(dtype):
+    x = np.array([-1e15, -30, -0.7, 0, 1.3, 2e4, 1e15], dtype)
+    tensor, alone = Tensor(x, requires_grad=True), Tensor(x[2:5], requires_grad=True)
+    value = F.gelu(tensor)
+    value.sum().backward()
+    F.gelu(alone).sum().backward()
+    assert value.data[[0, 1, 5, 6]].tolist() == pytest.approx([0, 0, 2e4, 1e15], abs=1e-100)
+    assert tensor.grad[[0, 1, 5, 6]].tolist() == pytest.approx([0, 0, 1, 1], abs=1e-100)
+    np.testing.assert_array_equal(value.data[2:5], F.gelu(x[2:5]).data)
+    np.testing.assert_array_equal(tensor.grad[2:5], alone.grad)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_lower_tails_of_sigmoid_and_softplus_keep_their_digits(dtype):
     x = np.linspace(-80, 0, 10_001, dtype=dtype)
     exact = x.astype(np.float64)

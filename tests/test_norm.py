@@ -256,6 +256,46 @@ def test_a_mean_far_from_zero_costs_no_digits_of_the_variance():
     np.testing.assert_allclose(layer.running_mean, exact.mean(0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("mean", [0, 2, 2000])
+@pytest.mark.parametrize(
+    "function", [lambda x, w, b: F.layer_norm(x, 300, w, b), lambda x, w, b: F.group_norm(x, 60, w, b)]
+)
+def test_a_row_far_from_zero_costs_no_digits(function, mean, rng):
+    """Values and gradients to a few roundings, whatever the mean: what float32 holds of x is all that counts."""
+    x, w, b, g = (
+        rng.normal(size=(64, 300)) + mean,
+        rng.normal(size=300),
+        rng.normal(size=300),
+        rng.normal(size=(64, 300)),
+    )
+    single = [Tensor(a.astype(np.float32), requires_grad=True) for a in (x, w, b)]
+    double = [Tensor(a.data.astype(np.float64), requires_grad=True) for a in single]
+    values = [function(*tensors) for tensors in (single, double)]
+    for value in values:
+        value.backward(g)
+    for found, expected in [(v.data, e.data) for v, e in [values]] + [
+        (s.grad, d.grad) for s, d in zip(single, double, strict=True)
+    ]:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: F.layer_norm(x, 40), lambda x: F.rms_norm(x, 40), lambda x: F.group_norm(x, 4)]
+)
+def test_a_row_depends_on_no_other_row(function, block, rng):
+    """One row whose mean is far from zero, which is treated differently, leaves the bits of its neighbours alone."""
+    x, g = rng.normal(size=(9, 40)).astype(np.float32), rng.normal(size=(9, 40)).astype(np.float32)
+    other = x.copy()
+    other[4] += 1000
+    results = []
+    for data in (x, other):
+        tensor = Tensor(data, requires_grad=True)
+        value = function(tensor)
+        value.backward(g)
+        results.append(np.delete(np.stack([value.data, tensor.grad]), 4, axis=1))
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -8,10 +8,12 @@ import numpy as np
 
 from distprop.allocator import aligned_like
 from distprop.functional.check import floating
-from distprop.functional.normal import normal
-from distprop.functional.pointwise import pointwise, row_sums, rowwise
+from distprop.functional.normal import StandardNormal
+from distprop.functional.pointwise import CHUNK, pointwise, row_sums, rowwise
 from distprop.tape import Array
 from distprop.tensor import Operand, Tensor, as_tensor, sigmoid_of
+
+_GELU_PIECE = CHUNK // 2  # it works with seven arrays of this size
 
 
 def relu(input: Operand) -> Tensor:
@@ -70,8 +72,10 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
     if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
 
+    normal = StandardNormal(min(x.data.size, _GELU_PIECE))
+
     def value(x: Array, out: Array, slope: Array | None) -> None:
-        cdf, density = normal(x, density=slope is not None)
+        cdf, density = normal(x, slope is not None)
         np.multiply(x, cdf, out=out)
         if density is not None:
             density *= x
@@ -87,7 +91,9 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
             inner = scale * (1 + 3 * cubic * squared)
             np.multiply(0.5, 1 + t + x * (1 - t * t) * inner, out=slope)
 
-    return pointwise(x, value if approximate == "none" else tanh_value, _times_slope, keep=True)
+    if approximate == "tanh":
+        return pointwise(x, tanh_value, _times_slope, keep=True)
+    return pointwise(x, value, _times_slope, keep=True, piece=_GELU_PIECE)
 
 
 def silu(input: Operand) -> Tensor:

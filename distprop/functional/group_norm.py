@@ -14,12 +14,11 @@ import numpy as np
 
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.norm import affine_inputs, check_affine, placed
-from distprop.functional.outer import Outer
+from distprop.functional.rows import Moments
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 
 _BLOCK = 32768  # numbers
-_LONG = 1024  # a run of numbers for which NumPy's broadcasting is as fast as BLAS
 
 
 def group_norm(
@@ -48,28 +47,19 @@ def group_norm(
     check_affine("group_norm", x, (channels,), weight, bias)
     cut = _Groups(channels, channels // num_groups, int(np.prod(x.shape[2:], dtype=np.int64)))
     rows = cut.rows(x.data)
-    value = aligned_like(rows)
-    mean, scale = np.empty((2, len(rows)), x.dtype)
+    value, moments = aligned_like(rows), Moments(len(rows), x.dtype)
     gamma = np.ones(channels, x.dtype) if weight is None else weight.data
-    along_row, along_channel = _Spread(cut.step, rows), _Spread(cut.step * cut.each, cut.by_channel(rows))
+    beta = np.zeros(channels, x.dtype) if bias is None else bias.data
     for block in cut.blocks(rows):
-        m, s = mean[block], scale[block]
-        np.matmul(rows[block], along_row.ones, out=m)
-        m /= rows.shape[1]
-        y = np.subtract(rows[block], along_row(m), out=value[block])
-        np.vecdot(y, y, out=s)
-        s /= rows.shape[1]
-        s += eps
-        np.sqrt(s, out=s)
-        np.reciprocal(s, out=s)
-        y = cut.by_channel(y)
-        y *= along_channel(cut.times(s, gamma, block))
-        if bias is not None:
-            y += along_channel(bias.data[cut.channels(block)])
+        data = cut.by_channel(moments.measure(rows, block, eps, centred=True))
+        slope = cut.times(moments.scale[block], gamma, block)
+        level = beta[cut.channels(block)] - cut.repeated(moments.mean[block]) * slope
+        y = np.multiply(data, slope[:, None], out=cut.by_channel(value[block]))
+        y += level[:, None]
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         dx = aligned_like(rows) if x.requires_grad else None
-        sums = _derivative(cut, cut.rows(grad), rows, gamma, mean, scale, dx)
+        sums = _derivative(cut, cut.rows(grad), rows, gamma, moments, dx)
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, each in ((weight, sums[0]), (bias, sums[1])):
             if tensor is not None:
@@ -82,30 +72,33 @@ def group_norm(
 
 
 def _derivative(
-    cut: _Groups, grad: Array, rows: Array, gamma: Array, mean: Array, scale: Array, dx: Array | None
+    cut: _Groups, grad: Array, rows: Array, gamma: Array, moments: Moments, dx: Array | None
 ) -> tuple[Array, Array]:
     """Σ g x̂ and Σ g over the pixels of each channel of each example, and dx in place.
 
-    With d = x − mean and s = 1/√(var + ε), so that x̂ = d s: dx = s γg − (d s³ ⟨γg d⟩ + s ⟨γg⟩).
+    With s = 1/√(var + ε), so that x̂ = (x − mean) s: dx = s γg − a x + b with a = s³ (⟨γg x⟩ − mean ⟨γg⟩) and
+    b = a mean − s ⟨γg⟩.
     """
+    length = rows.shape[1]
     products, levels = np.empty((2, len(rows) * cut.each), rows.dtype)
-    along_row, along_channel = _Spread(cut.step, rows), _Spread(cut.step * cut.each, cut.by_channel(rows))
-    spare, spare_h = (aligned_empty((cut.step, rows.shape[1]), rows.dtype) for _ in range(2))
+    spare = aligned_empty((min(cut.step, len(rows)), length), rows.dtype)
+    ones = np.ones(max(1, cut.pixels), rows.dtype)
     for block in cut.blocks(rows):
-        g, s, count = grad[block], scale[block], len(rows[block])
-        d, h = spare[:count], spare_h[:count]
-        inner = slice(block.start * cut.each, (block.start + count) * cut.each)
-        np.subtract(rows[block], along_row(mean[block]), out=d)
-        np.vecdot(cut.by_channel(g), cut.by_channel(d), out=products[inner])
-        np.vecdot(cut.by_channel(g), along_channel.ones, out=levels[inner])
+        g, x, s, mean = grad[block], moments.shifted(rows, block), moments.scale[block], moments.mean[block]
+        inner = slice(block.start * cut.each, block.stop * cut.each)
+        np.vecdot(cut.by_channel(g), cut.by_channel(x), out=products[inner])
+        np.vecdot(cut.by_channel(g), ones, out=levels[inner])
         if dx is not None:
             factors = gamma[cut.channels(block)]
-            product, level = ((factors * a[inner]).reshape(count, -1).sum(axis=1) for a in (products, levels))
-            d *= along_row(s**3 * product / rows.shape[1])
-            d += along_row(s * level / rows.shape[1])
-            np.multiply(cut.by_channel(g), along_channel(cut.times(s, gamma, block)), out=cut.by_channel(h))
-            np.subtract(h, d, out=dx[block])
-    products *= np.repeat(scale, cut.each)
+            product, level = ((factors * a[inner]).reshape(len(g), -1).sum(axis=1) for a in (products, levels))
+            along = s * s * s * (product - mean * level) / length
+            h = np.multiply(x, along[:, None], out=spare[: len(g)])
+            h += (s * level / length - along * mean)[:, None]
+            slope = cut.times(s, gamma, block)
+            np.multiply(cut.by_channel(g), slope[:, None], out=cut.by_channel(dx[block]))
+            dx[block] -= h
+    products -= cut.repeated(moments.mean) * levels
+    products *= cut.repeated(moments.scale)
     return products, levels
 
 
@@ -138,16 +131,8 @@ class _Groups:
 
     def times(self, scale: Array, gamma: Array, block: slice) -> Array:
         """s γ of each channel of a block."""
-        return gamma[self.channels(block)] * np.repeat(scale, self.each)
+        return gamma[self.channels(block)] * self.repeated(scale)
 
-
-class _Spread:
-    """A number for each row, to be combined with rows of `matrix`."""
-
-    def __init__(self, count: int, matrix: Array) -> None:
-        count, length = min(count, len(matrix)), matrix.shape[1]
-        self.ones = np.ones(length, matrix.dtype)
-        self._outer = Outer(count, length, matrix.dtype) if length < _LONG else None
-
-    def __call__(self, numbers: Array) -> Array:
-        return numbers[:, None] if self._outer is None else self._outer(numbers, self._outer.ones)
+    def repeated(self, numbers: Array) -> Array:
+        """Numbers of rows as numbers of channels."""
+        return np.repeat(numbers, self.each)

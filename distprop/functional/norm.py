@@ -12,7 +12,7 @@ import numpy as np
 
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.check import floating, same_dtype
-from distprop.functional.outer import Outer
+from distprop.functional.rows import Moments, Outer
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -60,84 +60,76 @@ def rms_norm(
 def _normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, length: int, eps: float, centred: bool = True
 ) -> Tensor:
-    """Normalise each row of `length` numbers, then apply γ and β."""
+    """Normalise each row of `length` numbers, then apply γ and β: y = x ⊙ s γ + (β − mean s γ)."""
     rows = np.ascontiguousarray(x.data).reshape(-1, length) if length else x.data.reshape(0, 1)
-    length, dtype = max(length, 1), x.dtype
-    value, mean, scale = aligned_like(rows), np.zeros(len(rows), dtype), np.empty(len(rows), dtype)
-    step = min(max(1, _BLOCK // length), len(rows))
-    outer, ones = Outer(step, length, dtype), np.ones(length, dtype)
-    gamma = ones if weight is None else weight.data.reshape(length)
-    columns, beta = outer.columns(gamma), None if bias is None else np.tile(bias.data.reshape(length), (step, 1))
-    for block in _blocks(rows, step):
-        x_rows, y, s = rows[block], value[block], scale[block]
+    gamma = np.zeros((2, rows.shape[1]), x.dtype)
+    gamma[0] = 1 if weight is None else weight.data.reshape(-1)
+    gamma_beta = gamma.copy()
+    if bias is not None:
+        gamma_beta[1] = bias.data.reshape(-1)
+    value, moments = aligned_like(rows), Moments(len(rows), x.dtype)
+    outer = Outer(_step(rows), rows.shape[1], x.dtype)
+    for block in _blocks(rows):
+        data = moments.measure(rows, block, eps, centred)
+        scale = moments.scale[block]
+        y = np.multiply(data, outer(scale, 0, gamma), out=value[block])
         if centred:
-            m = np.matmul(x_rows, ones, out=mean[block])
-            m /= length
-            np.subtract(x_rows, outer(m, outer.ones), out=y)
-        else:
-            y[...] = x_rows
-        np.vecdot(y, y, out=s)
-        s /= length
-        s += eps
-        np.sqrt(s, out=s)
-        np.reciprocal(s, out=s)
-        y *= outer(s, columns)
-        if beta is not None:
-            y += beta[: len(y)]
-    inputs = tuple(tensor for tensor in (x, weight, bias) if tensor is not None)
+            y += outer(-scale * moments.mean[block], 1, gamma_beta)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         wanted = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
         g = np.ascontiguousarray(grad).reshape(rows.shape)
-        dx, *sums = _derivative(g, rows, gamma, mean if centred else None, scale, wanted)
+        dx, *sums = _derivative(g, rows, gamma, moments, wanted, centred)
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, total in zip((weight, bias), sums, strict=True):
             if tensor is not None:
                 gradients.append(None if total is None else placed(total, tensor, out[len(gradients)]))
         return gradients
 
+    inputs = tuple(tensor for tensor in (x, weight, bias) if tensor is not None)
     return record(value.reshape(x.shape), inputs, vjp)
 
 
 def _derivative(
-    grad: Array, rows: Array, gamma: Array, mean: Array | None, scale: Array, wanted: Sequence[bool]
+    grad: Array, rows: Array, gamma: Array, moments: Moments, wanted: Sequence[bool], centred: bool
 ) -> tuple[Array | None, Array | None, Array | None]:
     """dx, dγ and dβ; None for what is not wanted.
 
-    With d = x − mean and s = 1/√(var + ε), so that x̂ = d s: dx = s γg − (d s³ ⟨γg d⟩ + s ⟨γg⟩).
+    `gamma` has a second row of zeros. With s = 1/√(var + ε), so that x̂ = (x − mean) s: dγ = Σ s g x − Σ s mean g
+    over the rows, and dx = s γg − a x + b with a = s³ (⟨γg x⟩ − mean ⟨γg⟩) and b = a mean − s ⟨γg⟩.
     """
-    length, dtype = rows.shape[1], rows.dtype
-    step = min(max(1, _BLOCK // length), len(rows))
+    length = rows.shape[1]
     dx = aligned_like(rows) if wanted[0] else None
-    dgamma, dbeta = (np.zeros(length, dtype) if wanted[i] else None for i in (1, 2))
-    outer, spare, spare_h = Outer(step, length, dtype), *(aligned_empty((step, length), dtype) for _ in range(2))
-    columns, ones = outer.columns(gamma), np.ones(step, dtype)
-    for block in _blocks(rows, step):
-        g, x, s = grad[block], rows[block], scale[block]
-        if dbeta is not None:
-            dbeta += ones[: len(g)] @ g
-        if dx is None and dgamma is None:
+    sums = np.zeros((2, length), rows.dtype)
+    products = aligned_empty((_step(rows), length), rows.dtype)
+    outer = Outer(_step(rows), length, rows.dtype)
+    for block in _blocks(rows):
+        g, s, mean = grad[block], moments.scale[block], moments.mean[block]
+        sums += np.stack([-s * mean, np.ones_like(s)]) @ g
+        if dx is None and not wanted[1]:
             continue
-        d, h = spare[: len(g)], spare_h[: len(g)]
-        if mean is None:
-            d[...] = x
-        else:
-            np.subtract(x, outer(mean[block], outer.ones), out=d)
-        np.multiply(g, d, out=h)
-        if dgamma is not None:
-            dgamma += s @ h
+        x = moments.shifted(rows, block)
+        product = np.multiply(g, x, out=products[: len(g)])
+        sums[0] += s @ product
         if dx is None:
             continue
-        d *= outer(s**3 * (h @ gamma) / length, outer.ones)
-        if mean is not None:
-            d += outer(s * (g @ gamma) / length, outer.ones)
-        np.multiply(g, outer(s, columns), out=h)
-        np.subtract(h, d, out=dx[block])
-    return dx, dgamma, dbeta
+        level = g @ gamma[0]
+        along = s * s * s * (product @ gamma[0] - mean * level) / length
+        np.multiply(x, along[:, None], out=product)
+        if centred:
+            product += (s * level / length - along * mean)[:, None]
+        np.multiply(g, outer(s, 0, gamma), out=dx[block])
+        dx[block] -= product
+    return dx, sums[0] if wanted[1] else None, sums[1] if wanted[2] else None
 
 
-def _blocks(rows: Array, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, len(rows), max(step, 1)))
+def _step(rows: Array) -> int:
+    return min(max(1, _BLOCK // rows.shape[1]), len(rows))
+
+
+def _blocks(rows: Array) -> Iterator[slice]:
+    step = max(1, _step(rows))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def _row_length(

@@ -13,6 +13,7 @@ as long as arithmetic, also as np.clip(x, 0, np.inf).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,15 +28,16 @@ Derivative: TypeAlias = Callable[[Array, Array, Array, Array], Any]  # (g, x or 
 CHUNK = 65536  # numbers: 256 KiB of float32, so that three or four arrays fit into a second-level cache of 1 MiB
 
 
-def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = False) -> Tensor:
+def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = False, piece: int | None = None) -> Tensor:
     """Record y, which `value(x, out)` writes into `out`, and the gradient, which `derivative(g, x, y, out)` writes.
 
     With `keep` the forward pass keeps what the derivative needs in place of x, one number for each element: the calls
     are `value(x, out, kept)`, `kept` being None where no gradient is needed, and `derivative(g, kept, y, out)`.
+    The calls for the value get up to `piece` numbers at a time, `CHUNK` by default.
     The result has the memory layout of x, so channels-last images stay so.
     """
     data = _compact(x.data)
-    y, kept = _forward(in_pieces, value, x, data, keep)
+    y, kept = _forward(partial(in_pieces, size=piece), value, x, data, keep)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         gradient = like(y, out[0])
@@ -59,16 +61,17 @@ def rowwise(x: Tensor, dim: int, value: Value, derivative: Derivative, keep: boo
     return record(np.moveaxis(y, -1, dim), (x,), vjp)
 
 
-def in_pieces(function: Callable[..., Any], first: Array, *others: Array | None) -> None:
+def in_pieces(function: Callable[..., Any], first: Array, *others: Array | None, size: int | None = None) -> None:
     """Call `function` with one piece after the other of arrays that are compact, of one shape and of one layout.
 
-    None and single numbers among `others` are passed as they are.
+    A piece has up to `size` numbers, `CHUNK` by default. None and single numbers among `others` are passed as they are.
     """
-    if first.size <= CHUNK:
+    size = CHUNK if size is None else size
+    if first.size <= size:
         function(first, *others)
     else:
         _in_blocks(
-            function, first.size, CHUNK, [a.ravel("K") if a is not None and a.ndim else a for a in (first, *others)]
+            function, first.size, size, [a.ravel("K") if a is not None and a.ndim else a for a in (first, *others)]
         )
 
 
