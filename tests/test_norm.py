@@ -114,6 +114,7 @@ OPERATIONS = [
         name="group_norm",
         torch=torch_group_norm,
     ),
+    Operation(group_norm, [((2, 8, 0), (8,), (8,))], [{"groups": 2}], name="group_norm of nothing", torch=None),
     Operation(group_norm, [((2, 6, 3),)], [{"groups": 3}], name="group_norm bare", torch=torch_group_norm),
     Operation(
         channels_last(group_norm),

@@ -8,17 +8,16 @@ work goes through memory once, in blocks that stay in the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from distprop.allocator import aligned_empty, aligned_like
+from distprop.allocator import aligned_like
 from distprop.functional.norm import affine_inputs, check_affine, placed
 from distprop.functional.rows import Moments
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 
-_BLOCK = 32768  # numbers
+_BLOCK = 65536  # numbers
 
 
 def group_norm(
@@ -45,21 +44,25 @@ def group_norm(
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm got {channels} channels; {num_groups} groups do not divide them")
     check_affine("group_norm", x, (channels,), weight, bias)
-    cut = _Groups(channels, channels // num_groups, int(np.prod(x.shape[2:], dtype=np.int64)))
-    rows = cut.rows(x.data)
-    value, moments = aligned_like(rows), Moments(len(rows), x.dtype)
-    gamma = np.ones(channels, x.dtype) if weight is None else weight.data
-    beta = np.zeros(channels, x.dtype) if bias is None else bias.data
-    for block in cut.blocks(rows):
-        data = cut.by_channel(moments.measure(rows, block, eps, centred=True))
-        slope = cut.times(moments.scale[block], gamma, block)
-        level = beta[cut.channels(block)] - cut.repeated(moments.mean[block]) * slope
-        y = np.multiply(data, slope[:, None], out=cut.by_channel(value[block]))
-        y += level[:, None]
+    each = channels // num_groups
+    pixels = int(np.prod(x.shape[2:], dtype=np.int64))
+    images = np.ascontiguousarray(x.data).reshape(len(x) * num_groups, each, pixels)
+    gamma, beta = (
+        np.tile(np.full(channels, default, x.dtype) if p is None else p.data, len(x)).reshape(-1, each)
+        for p, default in ((weight, 1), (bias, 0))
+    )
+    value, moments = aligned_like(images), Moments(len(images), max(1, images[:1].size), x.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(images):
+            data = moments.measure(_rows(images), block, eps, centred=True).reshape(images[block].shape)
+            slope = gamma[block] * moments.scale[block, None]
+            level = beta[block] - slope * moments.mean[block, None]
+            y = np.multiply(data, slope[..., None], out=value[block])
+            y += level[..., None]
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
-        dx = aligned_like(rows) if x.requires_grad else None
-        sums = _derivative(cut, cut.rows(grad), rows, gamma, moments, dx)
+        dx = aligned_like(images) if x.requires_grad else None
+        sums = _derivative(np.ascontiguousarray(grad).reshape(images.shape), images, gamma, moments, dx)
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, each in ((weight, sums[0]), (bias, sums[1])):
             if tensor is not None:
@@ -71,68 +74,43 @@ def group_norm(
     return record(value.reshape(x.shape), inputs, vjp)
 
 
-def _derivative(
-    cut: _Groups, grad: Array, rows: Array, gamma: Array, moments: Moments, dx: Array | None
-) -> tuple[Array, Array]:
+def _derivative(grad: Array, images: Array, gamma: Array, moments: Moments, dx: Array | None) -> tuple[Array, Array]:
     """Σ g x̂ and Σ g over the pixels of each channel of each example, and dx in place.
 
     With s = 1/√(var + ε), so that x̂ = (x − mean) s: dx = s γg − a x + b with a = s³ (⟨γg x⟩ − mean ⟨γg⟩) and
     b = a mean − s ⟨γg⟩.
     """
-    length = rows.shape[1]
-    products, levels = np.empty((2, len(rows) * cut.each), rows.dtype)
-    spare = aligned_empty((min(cut.step, len(rows)), length), rows.dtype)
-    ones = np.ones(max(1, cut.pixels), rows.dtype)
-    for block in cut.blocks(rows):
-        g, x, s, mean = grad[block], moments.shifted(rows, block), moments.scale[block], moments.mean[block]
-        inner = slice(block.start * cut.each, block.stop * cut.each)
-        np.vecdot(cut.by_channel(g), cut.by_channel(x), out=products[inner])
-        np.vecdot(cut.by_channel(g), ones, out=levels[inner])
+    products, levels = np.zeros((2, *gamma.shape), images.dtype)
+    ones, spare = np.ones(images.shape[2], images.dtype), aligned_like(images[: _step(images)])
+    for block in _blocks(images):
+        g, s, mean = grad[block], moments.scale[block], moments.mean[block]
+        x = moments.shifted(_rows(images), block).reshape(g.shape)
+        np.vecdot(g, x, out=products[block])
+        np.vecdot(g, ones, out=levels[block])
         if dx is not None:
-            factors = gamma[cut.channels(block)]
-            product, level = ((factors * a[inner]).reshape(len(g), -1).sum(axis=1) for a in (products, levels))
-            along = s * s * s * (product - mean * level) / length
-            h = np.multiply(x, along[:, None], out=spare[: len(g)])
-            h += (s * level / length - along * mean)[:, None]
-            slope = cut.times(s, gamma, block)
-            np.multiply(cut.by_channel(g), slope[:, None], out=cut.by_channel(dx[block]))
+            level = np.vecdot(gamma[block], levels[block]) / x[0].size
+            along = np.vecdot(gamma[block], products[block]) / x[0].size
+            along -= mean * level
+            along *= s * s * s
+            level *= s
+            level -= along * mean
+            h = np.multiply(x, along[:, None, None], out=spare[: len(x)])
+            h += level[:, None, None]
+            np.multiply(g, (gamma[block] * s[:, None])[..., None], out=dx[block])
             dx[block] -= h
-    products -= cut.repeated(moments.mean) * levels
-    products *= cut.repeated(moments.scale)
+    products -= moments.mean[:, None] * levels
+    products *= moments.scale[:, None]
     return products, levels
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """How images are cut into rows: `each` of the channels to a row."""
+def _rows(images: Array) -> Array:
+    return images.reshape(len(images), -1)
 
-    number: int  # of channels
-    each: int
-    pixels: int
 
-    @property
-    def step(self) -> int:
-        """Rows in a block."""
-        return max(1, _BLOCK // max(1, self.each * self.pixels))
+def _blocks(images: Array) -> Iterator[slice]:
+    step = _step(images)
+    return (slice(start, start + step) for start in range(0, len(images) if images.size else 0, step))
 
-    def rows(self, array: Array) -> Array:
-        length = self.each * self.pixels
-        return np.ascontiguousarray(array).reshape(-1, length) if length else np.empty((0, 1), array.dtype)
 
-    def by_channel(self, rows: Array) -> Array:
-        return rows.reshape(-1, max(1, self.pixels))
-
-    def blocks(self, rows: Array) -> Iterator[slice]:
-        return (slice(start, min(start + self.step, len(rows))) for start in range(0, len(rows), self.step))
-
-    def channels(self, block: slice) -> Array:
-        """The number of each channel of a block."""
-        return np.arange(block.start * self.each, block.stop * self.each) % self.number
-
-    def times(self, scale: Array, gamma: Array, block: slice) -> Array:
-        """s γ of each channel of a block."""
-        return gamma[self.channels(block)] * self.repeated(scale)
-
-    def repeated(self, numbers: Array) -> Array:
-        """Numbers of rows as numbers of channels."""
-        return np.repeat(numbers, self.each)
+def _step(images: Array) -> int:
+    return max(1, _BLOCK // max(1, images[:1].size))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.activation import log1p_of
 from distprop.functional.check import class_indices, floating
 from distprop.functional.pointwise import in_pieces, in_rows, row_sums
@@ -103,7 +104,14 @@ def nll_loss(
 
 def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """(x − y)², the mean over all elements. Derivative: 2(x − y)."""
-    return _difference("mse_loss", input, target, reduction, lambda d: d * d, lambda d: 2 * d)
+    return _difference(
+        "mse_loss",
+        input,
+        target,
+        reduction,
+        lambda d, out: np.multiply(d, d, out=out),
+        lambda d, out: np.multiply(d, 2, out=out),
+    )
 
 
 def l1_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
@@ -119,11 +127,16 @@ def huber_loss(input: Operand, target: Operand, reduction: Reduction = "mean", d
     if delta <= 0:
         raise ValueError(f"huber_loss needs delta > 0, got {delta}")
 
-    def value(d: Array) -> Array:
-        clipped = np.clip(d, -delta, delta)
-        return clipped * (d - 0.5 * clipped)
+    def derivative(d: Array, out: Array) -> None:
+        np.clip(d, -delta, delta, out=out)
 
-    return _difference("huber_loss", input, target, reduction, value, lambda d: np.clip(d, -delta, delta))
+    def value(d: Array, out: Array) -> None:
+        derivative(d, out)  # c; the loss is c (d − c/2)
+        rest = np.multiply(out, -0.5, out=aligned_like(d))
+        rest += d
+        out *= rest
+
+    return _difference("huber_loss", input, target, reduction, value, derivative)
 
 
 def binary_cross_entropy_with_logits(
@@ -250,13 +263,20 @@ def _difference(
     input: Operand,
     target: Operand,
     reduction: Reduction,
-    value: Callable[[Array], Array],
-    derivative: Callable[[Array], Array],
+    value: Callable[[Array, Array], Any],
+    derivative: Callable[[Array, Array], Any],
 ) -> Tensor:
-    """A loss of x − y."""
+    """A loss of d = x − y: `value(d, out)` and `derivative(d, out)` write into `out`."""
     x, y = _pair(operation, input, target)
-    d = x.data - y
-    return _reduced(x, value(d), lambda g, out: np.multiply(g, derivative(d), out=out), reduction, d.size)
+    d = np.subtract(x.data, y, out=aligned_empty(x.shape, x.dtype))
+    losses = aligned_like(d)
+    in_pieces(value, d, losses)
+
+    def scaled(d: Array, g: Array, out: Array) -> None:
+        derivative(d, out)
+        out *= g
+
+    return _reduced(x, losses, lambda g, out: in_pieces(scaled, d, _whole(g, x.shape), out), reduction, d.size)
 
 
 def _reduced(

@@ -67,14 +67,15 @@ def _normalise(
     gamma_beta = gamma.copy()
     if bias is not None:
         gamma_beta[1] = bias.data.reshape(-1)
-    value, moments = aligned_like(rows), Moments(len(rows), x.dtype)
+    value, moments = aligned_like(rows), Moments(*rows.shape, x.dtype)
     outer = Outer(_step(rows), rows.shape[1], x.dtype)
-    for block in _blocks(rows):
-        data = moments.measure(rows, block, eps, centred)
-        scale = moments.scale[block]
-        y = np.multiply(data, outer(scale, 0, gamma), out=value[block])
-        if centred:
-            y += outer(-scale * moments.mean[block], 1, gamma_beta)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(rows):
+            data = moments.measure(rows, block, eps, centred)
+            scale = moments.scale[block]
+            y = np.multiply(data, outer(scale, 0, gamma), out=value[block])
+            if centred:
+                y += outer(-scale * moments.mean[block], 1, gamma_beta)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         wanted = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]

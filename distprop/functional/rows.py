@@ -17,22 +17,29 @@ class Moments:
     digits, so there the mean is taken off the row, and the mean is that of what is left. It depends on no other row.
     """
 
-    def __init__(self, count: int, dtype: np.dtype[np.floating]) -> None:
+    def __init__(self, count: int, length: int, dtype: np.dtype[np.floating]) -> None:
         self.mean, self.shift = np.zeros((2, count), dtype)
         self.scale = np.empty(count, dtype)
+        self._ones = np.ones(length, dtype)
 
     def measure(self, rows: Array, block: slice, eps: float, centred: bool) -> Array:
         """Fill in a block of the rows; returns it as it is to be used, shifted."""
         x, mean, scale = rows[block], self.mean[block], self.scale[block]
-        with np.errstate(over="ignore", invalid="ignore"):
-            var = _variance(x, mean) if centred else np.vecdot(x, x) / x.shape[1]
-            if centred:
-                far = ~(mean * mean <= 4 * var)
-                if far.any():
-                    self.shift[block][far] = mean[far]
-                    x = self.shifted(rows, block)
-                    var = _variance(x, mean)
-            np.sqrt(var + x.dtype.type(eps), out=scale)
+        var = np.vecdot(x, x, out=scale)
+        var /= len(self._ones)
+        if centred:
+            squared = self._mean_squared(x, mean)
+            var -= squared
+            if not (4 * var >= squared).all():
+                far = ~(4 * var >= squared)
+                self.shift[block][far] = mean[far]
+                x = self.shifted(rows, block)
+                np.vecdot(x, x, out=var)
+                var /= len(self._ones)
+                var -= self._mean_squared(x, mean)
+                np.maximum(var, 0, out=var)
+        var += eps
+        np.sqrt(var, out=scale)
         np.reciprocal(scale, out=scale)
         return x
 
@@ -41,13 +48,11 @@ class Moments:
         shift = self.shift[block]
         return rows[block] - shift[:, None] if shift.any() else rows[block]
 
-
-def _variance(x: Array, mean: Array) -> Array:
-    """⟨x²⟩ − ⟨x⟩², and the mean in place."""
-    sum_rows = np.matmul if x.shape[1] <= _SHORT else np.vecdot
-    sum_rows(x, np.ones(x.shape[1], x.dtype), out=mean)
-    mean /= x.shape[1]
-    return np.maximum(np.vecdot(x, x) / x.shape[1] - mean * mean, 0)
+    def _mean_squared(self, x: Array, mean: Array) -> Array:
+        sum_rows = np.matmul if len(self._ones) <= _SHORT else np.vecdot
+        sum_rows(x, self._ones, out=mean)
+        mean /= len(self._ones)
+        return np.square(mean)
 
 
 class Outer:
