@@ -7,13 +7,14 @@ work goes through memory once, in blocks that stay in the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from distprop.allocator import aligned_like
 from distprop.functional.norm import affine_inputs, check_affine, placed
-from distprop.functional.rows import Moments
+from distprop.functional.rows import Moments, Outer
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 
@@ -45,20 +46,22 @@ def group_norm(
         raise ValueError(f"group_norm got {channels} channels; {num_groups} groups do not divide them")
     check_affine("group_norm", x, (channels,), weight, bias)
     each = channels // num_groups
-    pixels = int(np.prod(x.shape[2:], dtype=np.int64))
+    pixels = math.prod(x.shape[2:])
     images = np.ascontiguousarray(x.data).reshape(len(x) * num_groups, each, pixels)
     gamma, beta = (
         np.tile(np.full(channels, default, x.dtype) if p is None else p.data, len(x)).reshape(-1, each)
         for p, default in ((weight, 1), (bias, 0))
     )
     value, moments = aligned_like(images), Moments(len(images), max(1, images[:1].size), x.dtype)
+    by_channel = Outer(_step(images) * each, pixels, x.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in _blocks(images):
-            data = moments.measure(_rows(images), block, eps, centred=True).reshape(images[block].shape)
+            data = moments.measure(_rows(images), block, eps, centred=True)
             slope = gamma[block] * moments.scale[block, None]
             level = beta[block] - slope * moments.mean[block, None]
-            y = np.multiply(data, slope[..., None], out=value[block])
-            y += level[..., None]
+            y = value[block].reshape(-1, pixels)
+            np.multiply(data.reshape(y.shape), by_channel(slope.reshape(-1)), out=y)
+            y += by_channel(level.reshape(-1))
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         dx = aligned_like(images) if x.requires_grad else None
@@ -81,30 +84,32 @@ def _derivative(grad: Array, images: Array, gamma: Array, moments: Moments, dx: 
     b = a mean − s ⟨γg⟩.
     """
     products, levels = np.zeros((2, *gamma.shape), images.dtype)
-    ones, spare = np.ones(images.shape[2], images.dtype), aligned_like(images[: _step(images)])
+    each, pixels = images.shape[1:]
+    rows, spare = _rows(images), aligned_like(_rows(images[: _step(images)]))
+    by_row = Outer(len(spare), rows.shape[1], images.dtype)
+    by_channel = Outer(len(spare) * each, pixels, images.dtype)
     for block in _blocks(images):
         g, s, mean = grad[block], moments.scale[block], moments.mean[block]
-        x = moments.shifted(_rows(images), block).reshape(g.shape)
-        np.vecdot(g, x, out=products[block])
-        np.vecdot(g, ones, out=levels[block])
+        x = moments.shifted(rows, block)
+        np.vecdot(g, x.reshape(g.shape), out=products[block])
+        np.vecdot(g, by_channel.ones[0], out=levels[block])
         if dx is not None:
-            level = np.vecdot(gamma[block], levels[block]) / x[0].size
-            along = np.vecdot(gamma[block], products[block]) / x[0].size
+            level = np.vecdot(gamma[block], levels[block]) / rows.shape[1]
+            along = np.vecdot(gamma[block], products[block]) / rows.shape[1]
             along -= mean * level
             along *= s * s * s
-            level *= s
-            level -= along * mean
-            h = np.multiply(x, along[:, None, None], out=spare[: len(x)])
-            h += level[:, None, None]
-            np.multiply(g, (gamma[block] * s[:, None])[..., None], out=dx[block])
-            dx[block] -= h
+            h = np.multiply(x, by_row(along), out=spare[: len(x)])
+            h += by_row(s * level - along * mean)
+            d = dx[block].reshape(-1, pixels)
+            np.multiply(g.reshape(d.shape), by_channel((gamma[block] * s[:, None]).reshape(-1)), out=d)
+            d -= h.reshape(d.shape)
     products -= moments.mean[:, None] * levels
     products *= moments.scale[:, None]
     return products, levels
 
 
 def _rows(images: Array) -> Array:
-    return images.reshape(len(images), -1)
+    return images.reshape(len(images), math.prod(images.shape[1:]))
 
 
 def _blocks(images: Array) -> Iterator[slice]:

@@ -116,9 +116,9 @@ def _derivative(
             continue
         level = g @ gamma[0]
         along = s * s * s * (product @ gamma[0] - mean * level) / length
-        np.multiply(x, along[:, None], out=product)
+        np.multiply(x, outer(along), out=product)
         if centred:
-            product += (s * level / length - along * mean)[:, None]
+            product += outer(s * level / length - along * mean)
         np.multiply(g, outer(s, 0, gamma), out=dx[block])
         dx[block] -= product
     return dx, sums[0] if wanted[1] else None, sums[1] if wanted[2] else None
