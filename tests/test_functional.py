@@ -507,7 +507,7 @@ def test_derivatives_at_the_kinks_are_pytorchs(torch):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_gelu_is_accurate_far_out_and_over_many_elements(dtype):
-    x = np.linspace(-12, 12, 50_001, dtype=dtype)  # several of normal_cdf's chunks, and both tails
+    x = np.linspace(-12, 12, 50_001, dtype=dtype)  # several pieces, and both tails
     expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64)])
     found = F.gelu(x).data
     assert found.dtype == dtype

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from distprop.allocator import aligned_like
+from distprop.functional.moments import Moments, Outer
 from distprop.functional.norm import affine_inputs, check_affine, placed
-from distprop.functional.rows import Moments, Outer
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 

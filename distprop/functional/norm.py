@@ -12,7 +12,7 @@ import numpy as np
 
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.check import floating, same_dtype
-from distprop.functional.rows import Moments, Outer
+from distprop.functional.moments import Moments, Outer
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 

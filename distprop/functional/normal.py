@@ -2,8 +2,8 @@
 
 erfc(z) = t e^(−z² + P(t)) for z ≥ 0, with t = 2/(2 + z), which maps [0, ∞) to (0, 1]; P is a Chebyshev series whose
 coefficients were computed with 40 digits; 28 terms give float64's precision. For float32 a rational function inside a
-tanh, which NumPy computes fast, is as good as the usual x (1 + erf)/2. Call it with pieces that fit the cache:
-`pointwise`.
+tanh, which NumPy computes fast, is as good as the usual x (1 + erf)/2. Call it with pieces that fit the cache, as
+`pointwise` does.
 """
 
 from __future__ import annotations

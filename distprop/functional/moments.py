@@ -1,4 +1,4 @@
-"""What the norms of rows have in common: the mean and the scale of each row, and products of rows with columns."""
+"""What layer, group and root-mean-square norm have in common: the moments of each row, spread over the row by BLAS."""
 
 from __future__ import annotations
 
