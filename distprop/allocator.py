@@ -44,6 +44,13 @@ def aligned_like(model: NDArray[Any]) -> NDArray[Any]:
     return _at_a_line(model.shape, model.dtype, model.nbytes, model.strides)
 
 
+def is_all_of(array: NDArray[Any], owner: NDArray[Any]) -> bool:
+    """Whether an array is all of the memory of the one that it is a view of, such as one of those made here."""
+    if owner.dtype == np.uint8 and array.dtype != np.uint8:
+        return owner.size == array.nbytes + CACHE_LINE
+    return owner.size == array.size
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 1 GiB of freed blocks, of up to 32 MiB each, from the first call on; called by `backward()`.
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from distprop.allocator import CACHE_LINE, keep_freed_memory
+from distprop.allocator import is_all_of, keep_freed_memory
 
 if TYPE_CHECKING:
     from distprop.tensor import Tensor
@@ -197,7 +197,7 @@ def _holders(gradient: Array) -> tuple[int, int, bool]:
     owner = gradient.base
     if owner is None:
         return sys.getrefcount(gradient), _NOBODY_ELSE[1], gradient.flags.owndata
-    whole = isinstance(owner, np.ndarray) and owner.flags.owndata and owner.nbytes <= gradient.nbytes + CACHE_LINE
+    whole = isinstance(owner, np.ndarray) and owner.flags.owndata and is_all_of(gradient, owner)
     return sys.getrefcount(gradient), sys.getrefcount(owner), whole
 
 

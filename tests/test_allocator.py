@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from distprop.allocator import CACHE_LINE, aligned_empty, aligned_like
+from distprop.allocator import CACHE_LINE, aligned_empty, aligned_like, is_all_of
 from distprop.tensor import Tensor, record
 
 STEPS = """
@@ -80,6 +80,16 @@ def test_a_leaf_takes_a_gradient_that_begins_at_a_cache_line_without_a_copy() ->
     record(x.data, (x,), vjp).backward(np.ones((100, 100)))
     assert x.grad is not None
     assert address(x.grad) == made[0]
+
+
+def test_what_is_broadcast_or_a_part_is_not_all_of_the_memory() -> None:
+    whole = aligned_empty((100, 100), np.float32)
+    assert is_all_of(whole, whole.base)
+    assert is_all_of(whole.reshape(100, 5, 20), whole.base)
+    assert not is_all_of(whole[:-1], whole.base)
+    row = np.empty(100, np.float32)
+    assert is_all_of(row.reshape(10, 10), row)
+    assert not is_all_of(np.broadcast_to(row, (3, 100)), row)
 
 
 def address(array: np.ndarray) -> int:
