@@ -68,31 +68,45 @@ class StandardNormal:
         self._size = size
         self._memory: Array | None = None
 
-    def __call__(self, x: Array, density: bool) -> tuple[Array, Array | None]:
-        """Φ and, if wanted, φ; overwritten by the next call."""
-        if x.dtype.itemsize <= 4:
-            return self._with_tanh(x.astype(np.float32, copy=False), 3 if density else 2)
-        return _with_erfc(x), np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)) if density else None
+    def __call__(self, x: Array, cdf: Array, density: Array | None) -> None:
+        """Write Φ and, if wanted, φ."""
+        if x.dtype == np.float32:
+            self._with_tanh(x, cdf, density)
+        elif x.dtype.itemsize < 4:
+            single = np.empty((2, *x.shape), np.float32)
+            self._with_tanh(x.astype(np.float32), single[0, ...], single[1, ...])
+            cdf[...] = single[0]
+            if density is not None:
+                density[...] = single[1]
+        else:
+            cdf[...] = _with_erfc(x)
+            if density is not None:
+                density[...] = np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
-    def _with_tanh(self, x: Array, rows: int) -> tuple[Array, Array | None]:
-        """The polynomials are one product of their coefficients with 1, x², x⁴, x⁶: half the time of Horner's rule."""
+    def _with_tanh(self, x: Array, cdf: Array, density: Array | None) -> None:
+        """The polynomials are one product of their coefficients with 1, x², x⁴, x⁶: half the time of Horner's rule.
+
+        tanh and exp write to memory that may not be in the cache: while it comes they have something to compute.
+        """
         if self._memory is None:
             self._memory = aligned_empty((7, self._size), x.dtype)
             self._memory[0] = 1
-        powers, values = self._memory[:4, : x.size], self._memory[4 : 4 + rows, : x.size]
-        _, squared, fourth, sixth, h, q, *density = (row.reshape(x.shape) for row in self._memory[: 4 + rows, : x.size])
+        rows = 2 if density is None else 3
+        memory = self._memory[: 4 + rows, : x.size]
+        _, squared, fourth, sixth, h, q, *log_density = (row.reshape(x.shape) for row in memory)
         np.multiply(x, x, out=squared)
         if not np.vdot(squared, squared) <= _LARGEST**2:  # rare, and np.minimum takes three passes' time
             np.minimum(squared, _LARGEST, out=squared)
         np.multiply(squared, squared, out=fourth)
         np.multiply(squared, fourth, out=sixth)
-        np.matmul(_POLYNOMIALS[:rows], powers, out=values)
+        np.matmul(_POLYNOMIALS[:rows], memory[:4], out=memory[4:])
         h /= q
         h *= x
-        np.tanh(h, out=h)
-        h *= 0.5
-        h += 0.5
-        return h, np.exp(density[0], out=density[0]) if density else None
+        np.tanh(h, out=cdf)
+        cdf *= 0.5
+        cdf += 0.5
+        if density is not None:
+            np.exp(log_density[0], out=density)
 
 
 def _with_erfc(x: Array) -> Array:
