@@ -64,11 +64,18 @@ class Outer:
 
     def __init__(self, rows: int, columns: int, dtype: np.dtype[np.floating]) -> None:
         self.ones = np.stack([np.ones(columns, dtype), np.zeros(columns, dtype)])
-        self._pairs = np.empty((rows, 2), dtype)
+        self._pairs = np.zeros((rows, 2), dtype)
         self._result = aligned_empty((rows, columns), dtype)
 
-    def __call__(self, a: Array, b: Array | float = 0, uv: Array | None = None) -> Array:
-        """The matrix, overwritten by the next call; `uv` is `(2, columns)`, by default such that all is a_i."""
+    def __call__(self, a: Array, uv: Array | None = None, out: Array | None = None) -> Array:
+        """The matrix for b = 0, overwritten by the next call unless `out` is given.
+
+        `uv` is `(2, columns)`; without it a row is all a_i.
+        """
         pairs = self._pairs[: len(a)]
-        pairs[:, 0], pairs[:, 1] = a, b
-        return np.matmul(pairs, self.ones if uv is None else uv, out=self._result[: len(a)])
+        pairs[:, 0] = a
+        return np.matmul(pairs, self.ones if uv is None else uv, out=self._result[: len(a)] if out is None else out)
+
+    def of_pairs(self, pairs: Array, uv: Array) -> Array:
+        """The matrix for pairs (a_i, b_i), `(rows, 2)`, overwritten by the next call."""
+        return np.matmul(pairs, uv, out=self._result[: len(pairs)])

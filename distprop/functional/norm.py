@@ -67,15 +67,18 @@ def _normalise(
     gamma_beta = gamma.copy()
     if bias is not None:
         gamma_beta[1] = bias.data.reshape(-1)
+    levels = np.full((len(rows), 2), -1, x.dtype)  # mean s, −1
     value, moments = aligned_like(rows), Moments(*rows.shape, x.dtype)
     outer = Outer(_step(rows), rows.shape[1], x.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in _blocks(rows):
             data = moments.measure(rows, block, eps, centred)
             scale = moments.scale[block]
-            y = np.multiply(data, outer(scale, 0, gamma), out=value[block])
+            y = outer(scale, gamma, out=value[block])
+            y *= data
             if centred:
-                y += outer(-scale * moments.mean[block], 1, gamma_beta)
+                np.multiply(scale, moments.mean[block], out=levels[block, 0])
+                y -= outer.of_pairs(levels[block], gamma_beta)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         wanted = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
@@ -99,28 +102,35 @@ def _derivative(
     `gamma` has a second row of zeros. With s = 1/√(var + ε), so that x̂ = (x − mean) s: dγ = Σ s g x − Σ s mean g
     over the rows, and dx = s γg − a x + b with a = s³ (⟨γg x⟩ − mean ⟨γg⟩) and b = a mean − s ⟨γg⟩.
     """
-    length = rows.shape[1]
+    length, mean, scale = rows.shape[1], moments.mean, moments.scale
     dx = aligned_like(rows) if wanted[0] else None
     sums = np.zeros((2, length), rows.dtype)
     products = aligned_empty((_step(rows), length), rows.dtype)
     outer = Outer(_step(rows), length, rows.dtype)
+    weights = np.stack([-scale * mean, np.ones_like(scale)])
+    share, cube = scale / length, scale * scale * scale / length
     for block in _blocks(rows):
-        g, s, mean = grad[block], moments.scale[block], moments.mean[block]
-        sums += np.stack([-s * mean, np.ones_like(s)]) @ g
+        g = grad[block]
+        sums += weights[:, block] @ g
         if dx is None and not wanted[1]:
             continue
         x = moments.shifted(rows, block)
         product = np.multiply(g, x, out=products[: len(g)])
-        sums[0] += s @ product
+        sums[0] += scale[block] @ product
         if dx is None:
             continue
-        level = g @ gamma[0]
-        along = s * s * s * (product @ gamma[0] - mean * level) / length
+        level, along = g @ gamma[0], product @ gamma[0]
+        along -= mean[block] * level
+        along *= cube[block]
         np.multiply(x, outer(along), out=product)
         if centred:
-            product += outer(s * level / length - along * mean)
-        np.multiply(g, outer(s, 0, gamma), out=dx[block])
-        dx[block] -= product
+            level *= share[block]
+            along *= mean[block]
+            level -= along
+            product += outer(level)
+        d = outer(scale[block], gamma, out=dx[block])
+        d *= g
+        d -= product
     return dx, sums[0] if wanted[1] else None, sums[1] if wanted[2] else None
 
 
