@@ -67,14 +67,11 @@ class Outer:
         self._pairs = np.zeros((rows, 2), dtype)
         self._result = aligned_empty((rows, columns), dtype)
 
-    def __call__(self, a: Array, uv: Array | None = None, out: Array | None = None) -> Array:
-        """The matrix for b = 0, overwritten by the next call unless `out` is given.
-
-        `uv` is `(2, columns)`; without it a row is all a_i.
-        """
+    def __call__(self, a: Array, uv: Array | None = None) -> Array:
+        """The matrix for b = 0, overwritten by the next call. `uv` is `(2, columns)`; without it a row is all a_i."""
         pairs = self._pairs[: len(a)]
         pairs[:, 0] = a
-        return np.matmul(pairs, self.ones if uv is None else uv, out=self._result[: len(a)] if out is None else out)
+        return self.of_pairs(pairs, self.ones if uv is None else uv)
 
     def of_pairs(self, pairs: Array, uv: Array) -> Array:
         """The matrix for pairs (a_i, b_i), `(rows, 2)`, overwritten by the next call."""

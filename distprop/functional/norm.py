@@ -74,8 +74,7 @@ def _normalise(
         for block in _blocks(rows):
             data = moments.measure(rows, block, eps, centred)
             scale = moments.scale[block]
-            y = outer(scale, gamma, out=value[block])
-            y *= data
+            y = np.multiply(data, outer(scale, gamma), out=value[block])
             if centred:
                 np.multiply(scale, moments.mean[block], out=levels[block, 0])
                 y -= outer.of_pairs(levels[block], gamma_beta)
@@ -128,9 +127,8 @@ def _derivative(
             along *= mean[block]
             level -= along
             product += outer(level)
-        d = outer(scale[block], gamma, out=dx[block])
-        d *= g
-        d -= product
+        np.multiply(g, outer(scale[block], gamma), out=dx[block])
+        dx[block] -= product
     return dx, sums[0] if wanted[1] else None, sums[1] if wanted[2] else None
 
 
