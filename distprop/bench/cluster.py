@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from distprop.bench.links import measure_links, time_together
+from distprop.bench.links import measure_links, time_loop
 from distprop.bench.workload import Workload, time_alone
 from distprop.comm import Communicator, SoloCommunicator
 from distprop.cost import Link
@@ -56,7 +56,7 @@ def measure(comm: Communicator, workload: Workload, batch: int, host: str | None
     expected = alone + (2 * workload.message_bytes * link.per_byte if link else 0)
     real = None
     if comm.size > 1 and expected < LONGEST_CHECK_SECONDS:
-        real = time_together(comm, workload.step(comm, batch), LINK_SECONDS)
+        real = time_loop(comm, workload.step(comm, batch), LINK_SECONDS)
     return Measured(
         name=workload.name,
         batch=batch,
