@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,7 +69,7 @@ class Late:
 
     clock: Clock
     late: float
-    calls: int = field(default=0)
+    calls: int = 0
 
     def __call__(self) -> None:
         self.calls += 1
@@ -96,11 +96,11 @@ def test_a_reduction_alone_costs_what_the_link_says(clock: Clock) -> None:
         assert found == pytest.approx([LINK.latency + size * LINK.per_byte] * 2)
 
 
-def test_a_reduction_adds_to_a_step_what_the_slowest_rank_has_not_waited_for_already(clock: Clock) -> None:
+def test_a_reduction_costs_what_it_adds_to_the_slowest_rank(clock: Clock) -> None:
     def added(comm: Network) -> float:
         return time_allreduce(comm, MESSAGE_BYTES, 0.5, lambda: clock.compute(5e-3 + 2e-3 * comm.rank))
 
-    # A step takes the mean of 5 and 7 ms and the message; the slowest rank computes for 7.
+    # A step takes 6 ms, the mean of the ranks, and the message; what the slowest takes alone is 7.
     assert on_two_ranks(clock, added) == pytest.approx([MESSAGE_SECONDS - 1e-3] * 2)
 
 

@@ -69,7 +69,8 @@ def test_the_model_of_a_configuration_is_measured_with_its_batch(tmp_path: Path)
     assert found["steps"]["message_bytes"] == 4 * (64 * 32 + 32 + 32 * 10 + 10)
 
 
-def test_one_rank_is_measured_without_mpi() -> None:
+def test_one_rank_is_measured_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distprop.bench.cluster.STEP_SECONDS", 0.1)
     found = measure(SoloCommunicator(), network([20, 16, 5]), 8)
     assert found.rows == (1.0, 2.0, 8.0, 32.0)
     assert all(seconds > 0 for seconds in found.seconds)

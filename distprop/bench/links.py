@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ def measure_links(
     """Time Allreduce of a few bytes and of `size` bytes, each for about `seconds`. Collective.
 
     `host` is this rank's; two names on one machine make two hosts of it. `before` is what a rank does before each
-    large message, such as computing a step: meanwhile buffers on the way run empty, and the cache takes other data.
+    large message, such as computing a step: see `time_allreduce`.
     """
     by_host = ranks_by_host(comm, host)
     names, mine = list(by_host), next(ranks for ranks in by_host.values() if comm.rank in ranks)
@@ -76,50 +76,47 @@ def ranks_by_host(comm: Communicator, host: str | None = None) -> dict[str, list
 def time_allreduce(comm: Communicator, size: int, seconds: float, before: Callable[[], object] | None = None) -> float:
     """Median seconds of an Allreduce of `size` bytes of float32, repeated for about `seconds`. Collective.
 
-    With `before`, what the Allreduce adds to what the slowest rank takes for that, in a loop of both.
+    With `before`, what the Allreduce adds to a loop of that: waiting for ranks that are late, caches that it fills with
+    other data, and a processor that computes and moves data at once are part of it.
     """
     array = comm.allocate(max(1, size // 4), np.float32)  # as gradients are: ranks of a host sum them in their memory
     if before is None:
         return time_together(comm, lambda: comm.allreduce(array), seconds)
-    taken = _taken(comm, (before, lambda: comm.allreduce(array)), seconds)
-    return float(np.median(_in_turns(taken) - taken[:, :, 0].max(axis=0)))
+
+    def step() -> None:
+        before()
+        comm.allreduce(array)
+
+    return max(0.0, time_loop(comm, step, seconds) - time_together(comm, before, seconds / 2))
 
 
 def time_together(comm: Communicator, function: Callable[[], object], seconds: float) -> float:
     """Median over calls of what the slowest rank took, all calling at once for about `seconds`. Collective."""
-    return float(np.median(_taken(comm, (function,), seconds)[:, :, 0].max(axis=0)))
+    return float(np.median(_taken(comm, function, seconds).max(axis=0)))
 
 
 def time_loop(comm: Communicator, step: Callable[[], object], seconds: float) -> float:
-    """Median seconds from one step to the next, where ranks wait for each other in `step` only. Collective."""
-    return float(np.median(_in_turns(_taken(comm, (step,), seconds))))
+    """Median seconds of a step in a loop, where ranks wait for each other in `step` only. Collective.
 
-
-def _taken(comm: Communicator, parts: Sequence[Callable[[], object]], seconds: float) -> NDArray[np.float64]:
-    """What each of `parts` took, `(ranks, times, parts)`, called one after the other for about `seconds`."""
-
-    def once() -> list[float]:
-        clock = [time.perf_counter()]
-        for part in parts:
-            part()
-            clock.append(time.perf_counter())
-        return clock
-
-    once()  # opens connections and touches pages
-    first, *_, last = once()
-    repeats = np.array([min(1000, max(3, seconds / (last - first)))], np.float64)
-    comm.broadcast(repeats)
-    mine = np.diff([once() for _ in range(int(repeats[0]))])
-    return np.array([np.frombuffer(message).reshape(mine.shape) for message in comm.allgather(mine.tobytes())])
-
-
-def _in_turns(taken: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How long each time round a loop took, `(times,)`.
-
-    It is the mean over the ranks. A rank that is late makes the other one late, but finds the other's message there and
-    is early the next time: they take turns, and the one that took longest did not hold up the loop for so long.
+    Of each step it is the mean over the ranks. A rank that is late makes the other one late, but finds the other's
+    message there and is early the next time: they take turns, and none holds up the loop for as long as it took itself.
     """
-    return taken.sum(axis=2).mean(axis=0)
+    return float(np.median(_taken(comm, step, seconds).mean(axis=0)))
+
+
+def _taken(comm: Communicator, function: Callable[[], object], seconds: float) -> NDArray[np.float64]:
+    """What each call took, `(ranks, calls)`, in about `seconds`."""
+
+    def taken() -> float:
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    taken()  # opens connections and touches pages
+    repeats = np.array([min(1000, max(3, seconds / taken()))], np.float64)
+    comm.broadcast(repeats)
+    mine = np.array([taken() for _ in range(int(repeats[0]))])
+    return np.array([np.frombuffer(message) for message in comm.allgather(mine.tobytes())])
 
 
 def measure_speed(comm: Communicator, seconds: float = 0.5) -> list[float]:

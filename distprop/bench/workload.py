@@ -80,9 +80,7 @@ def configured(config: Config) -> Workload:
     return Workload(name, model, getattr(F, config.train.loss), optimizer, batch)
 
 
-def time_alone(
-    workload: Workload, comm: Communicator, rows: int, seconds: float = 1.5
-) -> tuple[tuple[int, float], ...]:
+def time_alone(workload: Workload, comm: Communicator, rows: int, seconds: float) -> tuple[tuple[int, float], ...]:
     """(rows, seconds) of a step without messages, for one row and for numbers around `rows`. Collective.
 
     All ranks compute at once; each figure is what the slowest takes, since the others wait for it.
