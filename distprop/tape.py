@@ -151,10 +151,13 @@ def _propagate(root: Node, grad: Array) -> None:
             node = heapq.heappop(heap)[1]
             if observe is not None:
                 observe(node)
-            inputs, gradients = _visit(node)
+            inputs, gradients, places = _visit(node)
             for number, tensor in enumerate(inputs):
                 gradient, gradients[number] = gradients[number], None
                 if gradient is None or not tensor.requires_grad:
+                    continue
+                if gradient is places[number]:  # it is where it belongs
+                    tensor.accumulate(gradient, ours=False)
                     continue
                 ours = _holders(gradient) == _NOBODY_ELSE
                 source = tensor.node
@@ -169,8 +172,8 @@ def _propagate(root: Node, grad: Array) -> None:
             node.grad, node.grad_is_ours = None, False
 
 
-def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None]]:
-    """Apply one chain rule and release the node; the inputs and their gradients."""
+def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Array | None]]:
+    """Apply one chain rule and release the node; the inputs, their gradients, and where these could be written."""
     vjp, grad, inputs = node.vjp, node.grad, node.inputs
     if vjp is None or grad is None:
         node.grad = None
@@ -185,7 +188,7 @@ def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None]]:
     gradients = list(vjp(grad, out))
     if len(gradients) != len(inputs):
         raise ValueError(f"an operation of {len(inputs)} inputs gave {len(gradients)} gradients; it must be one each")
-    return inputs, gradients
+    return inputs, gradients, out
 
 
 def _holders(gradient: Array) -> tuple[int, int, bool]:

@@ -20,7 +20,7 @@ def relu(input: Operand) -> Tensor:
     """max(x, 0). Derivative: 1 where x > 0, else 0."""
     return pointwise(
         _float("relu", input),
-        lambda x, out: np.clip(x, 0, np.inf, out=out),
+        lambda x, out: np.maximum(x, 0, out=out),
         lambda g, x, y, out: np.multiply(g, y > 0, out=out),
     )
 

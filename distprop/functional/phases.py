@@ -74,7 +74,6 @@ class Layout:
                 self.shape[1:3], w.stride, w.padding, w.dilation, w.kernel, strict=True
             )
         )
-        small = np.min_scalar_type(w.kernel[0] * w.kernel[1] - 1)
         small, channels = np.min_scalar_type(w.kernel[0] * w.kernel[1] - 1), self.shape[3]
         if not (rows.any() or columns.any()):
             return np.zeros(self.size, small), np.zeros(self.size, small)

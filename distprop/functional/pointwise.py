@@ -125,4 +125,6 @@ def _in_blocks(function: Callable[..., Any], count: int, step: int, arrays: Sequ
 
 def _compact(array: Array) -> Array:
     """`array` itself if its elements fill one stretch of memory in some order of the axes, else a copy."""
-    return array if np.empty_like(array).strides == array.strides else np.ascontiguousarray(array)
+    if array.flags.c_contiguous or np.empty_like(array).strides == array.strides:
+        return array
+    return np.ascontiguousarray(array)

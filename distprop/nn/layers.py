@@ -34,7 +34,7 @@ class Linear(Module):
 
     def forward(self, x: Operand) -> Tensor:
         """The layer's output."""
-        shape = x.shape if isinstance(x, Tensor | np.ndarray) else np.shape(x)
+        shape = x.shape if isinstance(x, Tensor) else np.shape(x)
         if not shape or shape[-1] != self.in_features:
             raise ValueError(
                 f"Linear({self.in_features}, {self.out_features}) got x of shape {shape}; "
