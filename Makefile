@@ -30,7 +30,8 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not jobs" --ignore tests/cluster
+	$(BIN)/python -m pytest -m jobs --ignore tests/cluster
 
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
@@ -38,7 +39,7 @@ parallel: $(VENV)/.dev-installed
 # On several hosts, which are containers, and on a Slurm of two nodes or more, under Open MPI 5 and MPICH 5; each is
 # skipped where there is no Docker with Compose, or no Slurm
 cluster: $(VENV)/.dev-installed .venv-mpich5/.test-installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not timing" tests/cluster
+	$(BIN)/python -m pytest -m "not timing" tests/cluster
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
@@ -48,7 +49,7 @@ test-impi: .venv-impi/.test-installed
 test-debian-openmpi test-debian-mpich: .venv-debian/.test-installed
 $(MPIS:%=test-%):
 	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
-	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(TESTS)))
+	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,$(TESTS)))
 
 ENVIRONMENT = $(@:test-%=.venv-%)
 test-debian-%: ENVIRONMENT = .venv-debian

@@ -7,11 +7,13 @@ killed, but not all do so when one raises before MPI is started (MPICH), or exit
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import io
 import os
 import runpy
 import signal
 import sys
+import termios
 import time
 from pathlib import Path
 from types import TracebackType
@@ -84,10 +86,25 @@ def _trace_of_script(error: BaseException) -> TracebackType | None:
     return trace
 
 
+def _await_reader(seconds: float) -> None:
+    """Wait until the launcher has read what was printed; Hydra (5.0) drops what it has not when it ends the job."""
+    deadline = time.monotonic() + seconds
+    for stream in (1, 2):
+        while time.monotonic() < deadline:
+            try:
+                unread = fcntl.ioctl(stream, termios.FIONREAD, bytes(4))
+            except OSError:  # neither a pipe nor a terminal
+                break
+            if not any(unread):
+                break
+            time.sleep(0.005)
+
+
 def _end_job(status: int, patience_seconds: float) -> None:
     """End the other ranks; if MPI runs, only those that do not leave with a failure as well in the time given."""
     sys.stdout.flush()
     sys.stderr.flush()
+    _await_reader(seconds=1)
     if "mpi4py.MPI" in sys.modules:
         from distprop.comm import mpi
 

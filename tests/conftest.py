@@ -20,19 +20,15 @@ pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_sui
 
 
 def pytest_collection_modifyitems(config, items):
-    """With `pytest -n 2 --dist loadgroup`, one worker gets all tests of MPI jobs and one those of containers.
+    """Mark tests of MPI jobs: they have time limits and run with nothing else beside them.
 
-    Modules that start other processes stay together, for what their fixtures make.
+    With `pytest -n 2 --dist loadgroup`, modules that start other processes stay together, for what their fixtures make.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
     for item in items:
         module = vars(getattr(item, "module", pytest))
         if "needs_mpi" in module:
-            item.add_marker(pytest.mark.xdist_group("jobs"))
-        elif "built" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("containers"))
-        elif "subprocess" in module:
+            item.add_marker(pytest.mark.jobs)
+        elif "subprocess" in module and config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group(module["__name__"]))
 
 
