@@ -38,7 +38,7 @@ from distprop.launcher import (
     open_mpi_folders,
 )
 from distprop.panel import RESTORE
-from distprop.processes import Stop, exit_status, kill_marked, tether, wait
+from distprop.processes import Stop, exit_status, tether, wait
 from distprop.stopping import STATUS, Watch
 from distprop.witness import Witness
 
@@ -243,7 +243,7 @@ def _run_guarded(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if stop.reason or process.returncode:
-            kill_marked(marker)
+            probe.kill_marked(marker)
         witness.close()
         for number, handler in previous.items():
             signal.signal(number, handler)

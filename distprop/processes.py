@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from distprop import hosts as other_hosts
+from distprop.hosts.probe import marked
 from distprop.stopping import TRAINING, Watch
 from distprop.witness import Witness
 
@@ -109,29 +107,6 @@ def is_rank(pid: int) -> bool:
         return re.search(rb"\0(OMPI_COMM_WORLD_RANK|PMI_RANK)=", Path(f"/proc/{pid}/environ").read_bytes()) is not None
     except OSError:
         return False
-
-
-def kill_marked(marker: str) -> None:
-    """SIGKILL every process that has DISTPROP_JOB=`marker` in its environment, until there is none."""
-    for _ in range(100):
-        left = list(marked(marker))
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if not left:
-            return
-        time.sleep(0.02)
-
-
-def marked(marker: str) -> Iterator[int]:
-    """The processes of the job, found where Linux shows the environment a process was started with."""
-    wanted = f"DISTPROP_JOB={marker}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                yield int(entry.name)
-        except OSError:  # it has ended, or it is another user's
-            continue
 
 
 def tether() -> list[str]:

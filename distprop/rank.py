@@ -86,10 +86,10 @@ def _trace_of_script(error: BaseException) -> TracebackType | None:
     return trace
 
 
-def _await_reader(seconds: float) -> None:
+def _await_reader(streams: tuple[int, int], seconds: float) -> None:
     """Wait until the launcher has read what was printed; Hydra (5.0) drops what it has not when it ends the job."""
     deadline = time.monotonic() + seconds
-    for stream in (1, 2):
+    for stream in streams:
         while time.monotonic() < deadline:
             try:
                 unread = fcntl.ioctl(stream, termios.FIONREAD, bytes(4))
@@ -104,7 +104,7 @@ def _end_job(status: int, patience_seconds: float) -> None:
     """End the other ranks; if MPI runs, only those that do not leave with a failure as well in the time given."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _await_reader(seconds=1)
+    _await_reader((1, 2), seconds=1)
     if "mpi4py.MPI" in sys.modules:
         from distprop.comm import mpi
 

@@ -7,11 +7,13 @@ import functools
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from distprop import launch, launcher, processes
+from distprop import launch, launcher, processes, rank
 from distprop.comm.mpi import Library
 from distprop.launcher import Launcher
 
@@ -499,7 +501,9 @@ def test_a_bare_mpirun_works_and_ends_when_a_rank_raises(jobs: Jobs) -> None:
 
 @needs_mpi
 def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
-    done = run_bare(jobs, BEFORE_WORLD + "raise ValueError('early')\n" + WORLD, DISTPROP_TIMEOUT="3")
+    # Later than the other rank has connected to the launcher: in between, that of Open MPI 5.0 crashes or hangs.
+    source = BEFORE_WORLD + "\n    time.sleep(2)\n    raise ValueError('early')\n" + WORLD
+    done = run_bare(jobs, source, DISTPROP_TIMEOUT="10")
     assert is_status(done, 1)
     assert "ValueError: early" in done.stderr
 
@@ -577,6 +581,24 @@ def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_hos
     assert status == 0
     assert (folder is None) == elsewhere
     assert elsewhere or not Path(folder).exists()  # any more
+
+
+def test_a_rank_waits_until_the_launcher_has_read_what_it_printed() -> None:
+    """The reader is late; where there is none, the wait has an end, and a file has no reader."""
+    reading, writing = os.pipe()
+    os.write(writing, b"Traceback")
+    reader = threading.Timer(0.2, os.read, (reading, 100))
+    reader.start()
+    rank._await_reader((writing, writing), seconds=60)
+    assert not select.select([reading], [], [], 0)[0], "returned before it was read"
+    reader.join()
+    os.write(writing, b"Traceback")
+    rank._await_reader((writing, writing), seconds=0.05)
+    assert os.read(reading, 100) == b"Traceback"
+    os.close(reading)
+    os.close(writing)
+    with open(os.devnull, "w") as file:
+        rank._await_reader((file.fileno(), file.fileno()), seconds=60)
 
 
 def test_user_signals_are_passed_on(jobs: Jobs) -> None:

@@ -22,6 +22,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 MARK = "distprop-host "
@@ -201,19 +202,23 @@ def may_read_other_processes() -> bool:
 
 def kill_marked(marker: str) -> None:
     """SIGKILL every process that has DISTPROP_JOB=`marker` in its environment, until there is none."""
-    wanted = f"DISTPROP_JOB={marker}".encode()
     for _ in range(100):
-        left = []
-        for entry in glob.glob("/proc/[0-9]*"):
-            with contextlib.suppress(OSError), open(f"{entry}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    left.append(int(os.path.basename(entry)))
+        left = list(marked(marker))
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not left:
             return
         time.sleep(0.02)
+
+
+def marked(marker: str) -> Iterator[int]:
+    """The processes of the job, found where Linux shows the environment a process was started with."""
+    wanted = f"DISTPROP_JOB={marker}".encode()
+    for entry in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError), open(f"{entry}/environ", "rb") as file:  # it ends, or is another user's
+            if wanted in file.read().split(b"\0"):
+                yield int(os.path.basename(entry))
 
 
 def _sha256(names: list[str], folder: str = "") -> str:
