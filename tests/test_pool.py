@@ -5,7 +5,7 @@ import pytest
 
 from distprop import functional as F
 from distprop import nn
-from distprop.functional import pool
+from distprop.functional import maxima, pool, tiles
 from distprop.tape import no_grad
 from distprop.tensor import Tensor
 from distprop.testing import check_grads
@@ -59,7 +59,8 @@ CASES = [Case(op, shapes, options) for op in OPERATIONS for shapes in op.shapes 
 
 @pytest.fixture(params=[1, 200, 1 << 18], ids="block {}".format)
 def block(request, monkeypatch):
-    monkeypatch.setattr(pool, "BLOCK_BYTES", request.param)
+    for module in (maxima, pool, tiles):
+        monkeypatch.setattr(module, "BLOCK_BYTES", request.param)
 
 
 def on_both(case, x, torch):
@@ -103,6 +104,13 @@ def test_a_nan_spreads_to_every_window_that_sees_it_as_in_pytorch(case, torch, b
     x = frozen(np.random.default_rng(4).choice([0.0, 1.0, -np.inf, np.nan], case.shapes[0], p=[0.3, 0.3, 0.3, 0.1]))
     (value, _), (expected, _) = on_both(case, x, torch)
     np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_not_finite_in_a_gradient_goes_to_the_winner_alone(stride):
+    x = Tensor(np.array([[[[1.0, 4.0], [3.0, 2.0]]]]), requires_grad=True)
+    F.max_pool2d(x, 2, stride).backward(np.array([[[[np.inf]]]]))
+    assert x.grad.tolist() == [[[[0, np.inf], [0, 0]]]]
 
 
 def test_a_dilated_window_that_straddles_the_image_gives_no_gradient():

@@ -1,7 +1,7 @@
 """Pooling: the largest or the mean of the pixels in each window. Memory is channels-last, as in `conv`.
 
 Windows are gathered nowhere: what an element of the kernel meets in a block of windows is one array or view, and the
-result is a maximum or a sum over these, along one axis and then along the other, in blocks that stay in the cache.
+result is a maximum or a sum over these, in blocks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from distprop.functional import maxima, tiles
 from distprop.functional.check import floating
 from distprop.functional.geometry import Size, pair, pooling_window
-from distprop.functional.phases import layouts, phases
 from distprop.functional.sliding import Axis, spread, sums
 from distprop.functional.windows import Pair, Window, blocks, channels_last, channels_second
 from distprop.tape import Array, Out, gradients_needed
@@ -45,11 +45,12 @@ def max_pool2d(
     kernel = pair("max_pool2d", "kernel_size", kernel_size, 1)
     window = pooling_window("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
     images = channels_last(x.data)
-    value, winner = _largest(images, window, gradients_needed((x,)))
     shape = images.shape
+    way = tiles if tiles.suits(window, shape[1:3]) else maxima
+    value, winner = way.largest(images, window, gradients_needed((x,)))
 
     def vjp(grad: Array, out: Out) -> list[Array]:
-        return [channels_second(_to_winners(channels_last(grad), winner, shape, window))]
+        return [channels_second(way.to_winners(channels_last(grad), winner, shape, window))]
 
     return record(channels_second(value), (x,), vjp)
 
@@ -151,102 +152,6 @@ def _mean_of_all(x: Tensor) -> Tensor:
     return record(channels_second(value[:, :, None]), (x,), vjp)
 
 
-def _largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
-    """(the largest pixel of each window, the number of the kernel's element that met it, the latter if asked for).
-
-    The largest of each row first, then of these: so the first winner, row by row, is found for fewer comparisons.
-    """
-    n, _, _, channels = images.shape
-    (kh, kw), (sh, sw) = window.kernel, window.stride
-    value = np.empty((n, *window.output, channels), images.dtype)
-    winner = np.empty((n if remember else 0, *window.output, channels), np.min_scalar_type(kh * kw - 1))
-    for where, seen, layout in layouts(images.shape, window, _positions(images, (3 + sh * sw) / 2)):
-        found = phases(images[where[0], seen], layout, -np.inf)
-        width = layout.size - layout.columns[-1][1]  # as many numbers as all elements of a row meet
-        length = width - layout.rows[-1][1]
-        column, number = layout.first_elements  # the border does not win, not even from −∞
-        best = layout.flat("all", images.dtype, length)
-        if (kw - 1) * min(kh, sh) + kh >= kh * kw:  # as many comparisons in one go
-            met = [found[a, b][down + shift :][:length] for a, down in layout.rows for b, shift in layout.columns]
-            best, won = _first_largest(met, range(kh * kw) if remember else None, number[:length], best)
-        else:
-            in_row, columns = {}, {}
-            for a in dict(layout.rows):
-                met = [found[a, b][shift : shift + width] for b, shift in layout.columns]
-                memory = layout.flat(a, images.dtype, width)
-                in_row[a], columns[a] = _first_largest(met, range(kw) if remember else None, column[:width], memory)
-            met = [in_row[a][shift:][:length] for a, shift in layout.rows]
-            first, numbers = number[:length], None
-            if remember:
-                numbers = [columns[a][shift:][:length] for a, shift in layout.rows]
-                numbers = [np.add(j, i * kw, dtype=j.dtype) for i, j in enumerate(numbers)]
-                first = np.maximum(first, numbers[0])
-            best, won = _first_largest(met, numbers, first, best)
-        value[where] = layout.outputs(best)
-        if remember:
-            winner[where] = layout.outputs(won)
-    return value, winner
-
-
-def _first_largest(
-    met: Sequence[Array], numbers: Sequence[Any] | None, first: Array, out: Array
-) -> tuple[Array, Array]:
-    """(the largest of some arrays, the number of the first that has it); without numbers, which increase, only that.
-
-    `first` has the numbers of array 0, or where that is border of the first array that is not.
-    """
-    best, won = met[0], first
-    for place in range(1, len(met)):
-        if numbers is not None:
-            larger = np.greater(met[place], best).view(np.uint8)
-            won = np.maximum(won, np.multiply(larger, numbers[place], dtype=won.dtype))
-        best = np.maximum(best, met[place], out=out)
-    return best, won
-
-
-def _to_winners(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
-    """dx: each g is added to the pixel that won, in the order of the outputs."""
-    n, _, width, channels = shape
-    (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
-    steps = np.add.outer(np.arange(kh) * dh * width, np.arange(kw) * dw).reshape(-1) * channels
-    blind = np.logical_or.outer(*(_blind(window, axis, shape[axis + 1]) for axis in (0, 1)))
-    some_blind = blind.any()
-    if some_blind:
-        grad = np.where(blind[:, :, None], 0, grad)
-    dx = np.empty(shape, grad.dtype)
-    first: Array | None = None
-    for some, rows in blocks(n, window.output, _positions(dx, sh * sw)):
-        block = (some.stop - some.start, rows.stop - rows.start, window.output[1], channels)
-        if first is None or first.shape != block:
-            first = _first_pixels(block, shape, window)
-        if rows.start == 0:
-            dx[some] = 0
-        pixel = (steps + rows.start * sh * width * channels).take(winner[some, rows], mode="clip")
-        pixel += first
-        if some_blind:
-            pixel[:, blind[rows]] = 0
-        np.add.at(dx[some].reshape(-1), pixel.reshape(-1), grad[some, rows].reshape(-1))
-    return dx
-
-
-def _first_pixels(block: tuple[int, ...], shape: tuple[int, ...], window: Window) -> Array:
-    """Where in the memory of a block's images the element 0 of each window is, or would be were there no border."""
-    images, rows, columns, channels = map(np.arange, block)
-    rows = rows * window.stride[0] - window.padding[0]
-    columns = columns * window.stride[1] - window.padding[1]
-    _, height, width, count = shape
-    rows = images[:, None] * height + rows
-    return ((rows[:, :, None] * width + columns) * count)[:, :, :, None] + channels
-
-
-def _blind(window: Window, axis: int, length: int) -> Array:
-    """Which windows see none of the rows (`axis` 0) or columns; with a dilation they can straddle a small image."""
-    first = np.arange(window.output[axis]) * window.stride[axis] - window.padding[axis]
-    pixels = np.add.outer(first, np.arange(window.kernel[axis]) * window.dilation[axis])
-    outside: Array = (pixels < 0) | (pixels >= length)
-    return np.logical_and.reduce(outside, axis=1)
-
-
 def _shares(window: Window, size: Pair, count_include_pad: bool, divisor: int | None) -> Array:
     """1/m for each position of the window, `(rows, columns)`; a window's pixels are rows times columns."""
     if divisor is not None:
@@ -291,6 +196,6 @@ def _columns(images: Array) -> Array:
     return images.reshape(n * height, width, channels)
 
 
-def _positions(images: Array, pixels: float) -> int:
+def _positions(images: Array, pixels: int) -> int:
     """How many windows a block has if each needs so many pixels."""
-    return max(1, int(BLOCK_BYTES / (images.shape[3] * images.itemsize * pixels)))
+    return max(1, BLOCK_BYTES // (images.shape[3] * images.itemsize * pixels))
