@@ -1,47 +1,38 @@
 """distprop beside PyTorch on the same cores: `python benchmarks/compare.py`. See README.md here for what is measured.
 
-Every figure comes from processes that were started in turns, PyTorch, distprop, PyTorch, distprop, and the median over
-the rounds counts, because machines drift. PyTorch first has a round of its own in which it chooses its fastest options.
+All programs are alive at once and take short turns, PyTorch, distprop, PyTorch, distprop, because machines drift; a
+ratio is the median over the rounds of the ratio within one. PyTorch's fastest options are found in the same way before.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from networks import NETWORKS
+from programs import Program, ProgramError, command_of, run_for_json
 from table import disagreements, show
 
-HERE = Path(__file__).parent
-LIMIT_SECONDS = 170  # for one process
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-LAUNCHERS = {
-    ("torch", 1): [],
-    ("distprop", 1): [],
-    ("torch", 2): ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    ("distprop", 2): ["-m", "distprop", "run", "-n", "2"],
-}
-MNIST_EPOCHS = 4  # over which the learning rate falls; 98 % are reached in the third
+TIMED = {"torch1": ("steps", "products"), "distprop1": ("steps", "products"), "distprop2": ("steps", "products")}
+MNIST_EPOCHS, MNIST_ROUNDS = 4, 3  # the learning rate falls over so many epochs; 98 % are reached in the third
 REDUCED_MEGABYTES = ("2.7", "23", "100")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="some of them (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each program has (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps timed in a turn (default: 40 to 300, by the network)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns that each program has (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps in a turn (default: 5 to 40, by the network)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-mnist", action="store_true", help="leave out the time to 98 %% on MNIST")
     parser.add_argument("--no-allreduce", action="store_true", help="leave out the reduction alone")
@@ -52,7 +43,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the worker is ended too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the programs are ended too
     names = [name for name in args.networks.split(",") if name]
     if unknown := set(names) - set(NETWORKS):
         parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
@@ -66,14 +57,13 @@ def main() -> int:
 
 def measured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is asked for."""
-    results: dict[str, Any] = {"networks": {}, "conditions": conditions(), "rounds": 1 if args.quick else args.rounds}
+    rounds = 2 if args.quick else args.rounds
+    results: dict[str, Any] = {"networks": {}, "conditions": conditions(), "rounds": rounds}
     for name in names:
-        steps = 3 if args.quick else args.steps or NETWORKS[name].steps
-        results["networks"][name] = compare_network(name, steps, results["rounds"], bool(args.quick))
-        if not (args.quick or args.no_compile):
-            results["networks"][name]["compiled"] = compiled(name, steps)
+        steps = 2 if args.quick else args.steps or NETWORKS[name].steps
+        results["networks"][name] = compare_network(name, steps, rounds, args.quick, args.quick or args.no_compile)
     if not (args.quick or args.no_mnist):
-        results["mnist"] = compare_mnist(results["rounds"])
+        results["mnist"] = compare_mnist()
     if not (args.quick or args.no_allreduce):
         results["allreduce"] = reductions()
     return results
@@ -92,120 +82,99 @@ def merged(files: list[str]) -> dict[str, Any]:
     return results
 
 
-def compare_network(name: str, steps: int, rounds: int, quick: bool) -> dict[str, Any]:
-    """The medians of the network's figures over the rounds, for each library on 1 and 2 ranks."""
-    alone, together = best_variants(name, steps, quick)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(rounds):
-        for library, ranks in LAUNCHERS:
-            job = {"network": name, "steps": steps, "variant": alone if ranks == 1 else together}
-            runs.setdefault(f"{library}{ranks}", []).append(worker(library, ranks, job))
-    result: dict[str, Any] = {key: median_run(several) for key, several in runs.items()}
+def compare_network(name: str, steps: int, rounds: int, quick: bool, no_compile: bool) -> dict[str, Any]:
+    """The figures of each library on 1 and on 2 ranks, and of a compiled PyTorch if that is wanted."""
+    layouts = [{"channels_last": True}, {}] if NETWORKS[name].images else [{}]
+    variants = [{**layout, **more} for layout in layouts for more in ({}, {"fused": True})]
+    alone = fastest(name, steps, rounds, 1, variants[:1] if quick else variants)
+    fused = {"fused": True} if alone.get("fused") else {}
+    variants = [{**layout, **fused, **more} for layout in layouts for more in ({}, {"bucket_view": True})]
+    together = fastest(name, steps, rounds, 2, variants[:1] if quick else variants)
+    with tempfile.TemporaryDirectory() as caches:
+        programs = {
+            "torch1": Program("torch", 1, {"network": name, "variant": alone}),
+            "distprop1": Program("distprop", 1, {"network": name}),
+            "torch2": Program("torch", 2, {"network": name, "variant": together}),
+            "distprop2": Program("distprop", 2, {"network": name}),
+        }
+        for number, layout in enumerate([] if no_compile else layouts):
+            job = {"network": name, "variant": {**layout, "compile": True}}
+            cache = str(Path(caches, str(number)))  # an empty one
+            programs[f"compiled{number}"] = Program("torch", 1, job, TORCHINDUCTOR_CACHE_DIR=cache)
+        result = in_turns(programs, steps, rounds)
     result["torch1"]["variant"], result["torch2"]["variant"] = alone, together
+    compiled = [result.pop(key) for key in programs if key.startswith("compiled")]
+    if compiled:
+        result["compiled"] = min(compiled, key=median_step)
     return result
 
 
-def best_variants(name: str, steps: int, quick: bool) -> tuple[dict[str, bool], dict[str, bool]]:
-    """PyTorch's fastest options on one rank and on two. These runs choose, they do not count."""
-    layouts = [{"channels_last": True}, {}] if NETWORKS[name].images else [{}]
-    alone = [{**layout, **more} for layout, more in itertools.product(layouts, ({}, {"fused": True}))]
-    alone = alone[:1] if quick else alone
-    first = fastest(name, steps, 1, alone)
-    fused = {"fused": True} if first.get("fused") else {}
-    together = [{**layout, **fused, **more} for layout, more in itertools.product(layouts, ({}, {"bucket_view": True}))]
-    return first, fastest(name, steps, 2, together[:1] if quick else together)
-
-
-def fastest(name: str, steps: int, ranks: int, variants: list[dict[str, bool]]) -> dict[str, bool]:
-    """The variant with the shortest step."""
+def fastest(name: str, steps: int, rounds: int, ranks: int, variants: list[dict[str, bool]]) -> dict[str, bool]:
+    """PyTorch's options with the shortest step."""
     if len(variants) == 1:
         return variants[0]
-    runs = [worker("torch", ranks, {"network": name, "steps": steps, "variant": variant}) for variant in variants]
-    return min(zip(variants, runs, strict=True), key=lambda pair: pair[1]["seconds"])[0]
+    programs = {
+        str(number): Program("torch", ranks, {"network": name, "variant": variant})
+        for number, variant in enumerate(variants)
+    }
+    figures = in_turns(programs, steps, -(-rounds // 3))
+    return variants[int(min(figures, key=lambda number: median_step(figures[number])))]
 
 
-def compiled(name: str, steps: int) -> dict[str, Any]:
-    """PyTorch on one rank through torch.compile, from an empty cache; {"error": ...} where it cannot."""
-    results = []
-    with tempfile.TemporaryDirectory() as cache:
-        layouts = [{"channels_last": True}, {}] if NETWORKS[name].images else [{}]
-        for layout in layouts:
-            job = {"network": name, "steps": steps, "variant": {**layout, "compile": True}}
+def in_turns(programs: dict[str, Program], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """What each program measured at its first steps, and in turns seconds of a step and of its products.
+
+    {"error": ...} for a compiled one that cannot run.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        for key, program in programs.items():
             try:
-                results.append(worker("torch", 1, job, TORCHINDUCTOR_CACHE_DIR=str(Path(cache, str(len(results))))))
-            except WorkerError as error:
-                return {"error": error.last_line}
-    return min(results, key=lambda run: run["seconds"])
+                figures[key] = dict(stack.enter_context(program).first)
+            except ProgramError as error:
+                if not key.startswith("compiled"):
+                    raise
+                figures[key] = {"error": error.last_line}
+        timed = [
+            (key, what, figures[key].setdefault(f"{what}_in_turns", []))
+            for key in programs
+            if "error" not in figures[key]
+            for what in TIMED.get(key, ("steps",))
+        ]
+        for _ in range(rounds):
+            for key, what, seconds in timed:
+                seconds.append(programs[key].turn(what, steps))
+    return figures
 
 
-def compare_mnist(rounds: int) -> dict[str, Any]:
+def median_step(figures: dict[str, Any]) -> float:
+    """Seconds; infinite for a program that could not run."""
+    return statistics.median(figures.get("steps_in_turns", [float("inf")]))
+
+
+def compare_mnist() -> dict[str, Any]:
     """Seconds from the command to 98 % of the test images, on two ranks, with another seed in each round."""
     if "DISTPROP_DATA" not in os.environ:
         return {"error": "DISTPROP_DATA is not set to a folder with mnist/"}
     runs: dict[str, list[dict[str, Any]]] = {"torch": [], "distprop": []}
-    for seed in range(rounds):
+    for seed in range(MNIST_ROUNDS):
         for library, several in runs.items():
-            job = {"network": "mlp512", "epochs": MNIST_EPOCHS, "seed": seed, "variant": {"bucket_view": True}}
-            several.append(worker(library, 2, job))
-    return {library: median_run(several) for library, several in runs.items()}
+            job = {"network": "mlp512", "epochs": MNIST_EPOCHS, "seed": seed}
+            several.append(run_for_json(command_of(library, 2, job)))
+    return {
+        library: {
+            "seconds": statistics.median(run["seconds"] for run in several),
+            "accuracy": statistics.median(run["accuracy"] for run in several),
+            "reached": all(run["reached"] for run in several),
+        }
+        for library, several in runs.items()
+    }
 
 
 def reductions() -> list[dict[str, Any]]:
     """`distprop bench allreduce` on two ranks."""
     sizes = ",".join(REDUCED_MEGABYTES)
     return run_for_json([sys.executable, "-m", "distprop", "bench", "allreduce", "-n", "2", "--sizes", sizes, "--json"])
-
-
-class WorkerError(RuntimeError):
-    """A worker failed; `last_line` is what it said last."""
-
-    def __init__(self, command: list[str], output: str) -> None:
-        lines = output.strip().splitlines()
-        super().__init__(f"{' '.join(command)} failed:\n{output}")
-        self.last_line = next(
-            (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output"
-        )
-
-
-def worker(library: str, ranks: int, job: dict[str, Any], **environment: str) -> dict[str, Any]:
-    """Start a worker, wait for it, and return what it measured."""
-    script = str(HERE / f"train_{library}.py")
-    command = [sys.executable, *LAUNCHERS[library, ranks], script, json.dumps(job)]
-    print(f"{library} {ranks} {json.dumps(job)}", file=sys.stderr, flush=True)
-    return run_for_json(command, **environment)
-
-
-def run_for_json(command: list[str], **environment: str) -> Any:
-    """What the command prints on its last line; it knows when it was started."""
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    wanted = {**os.environ, **ONE_THREAD, **environment, "PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen(
-        command,
-        env={**wanted, "COMPARE_BEGAN": repr(time.time())},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise WorkerError(command, f"no answer within {LIMIT_SECONDS} s") from None
-    finally:
-        process.terminate()  # torchrun and distprop run end their ranks; nothing happens if it has ended
-    if process.returncode:
-        raise WorkerError(command, errors)
-    return json.loads(output.splitlines()[-1])
-
-
-def median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each number the median over the runs; of anything else the first run's."""
-    return {
-        key: statistics.median(run[key] for run in runs)
-        if isinstance(value, int | float) and key != "reached"
-        else value
-        for key, value in runs[0].items()
-    } | ({"reached": all(run["reached"] for run in runs)} if "reached" in runs[0] else {})
 
 
 def conditions() -> dict[str, str]:

@@ -1,13 +1,15 @@
 """What both workers do alike: the order of events, so that neither library has an advantage by it.
 
-A worker makes a `Training`, gives it to `measure`, and prints the answer as one line of JSON on rank 0.
+A worker makes a `Training` and gives it to `take_turns` or to `train_mnist`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,28 +41,56 @@ class Training(Protocol):
         """The values of all ranks."""
 
 
-def measure(training: Training, name: str, steps: int) -> dict[str, Any]:
-    """Seconds from the command to the end of the first step, losses of the first steps, median seconds of a step."""
+def take_turns(
+    training: Training, name: str, make_products: Callable[[Product], Callable[[], None]], about: Callable[[], Any]
+) -> None:
+    """Make the first steps, say what they were like, and then do what `compare.py` asks for, until it asks no more.
+
+    What they were like: what `about()` says, seconds from the command to the end of the first step, losses, and memory.
+    """
     stream = (training.convert(x, y) for x, y in batches(name, training.rank))
     losses = [training.step(*next(stream))]
     first_step = time.time() - float(os.environ["COMPARE_BEGAN"])
     losses += [training.step(*next(stream)) for _ in range(CHECKED - 1)]
-    losses = [statistics.fmean(training.gather(loss)) for loss in losses]
-    prepared = list(itertools.islice(stream, 8))
-    for number in range(WARM_UP):
-        training.step(*prepared[number % len(prepared)])
-    times = []
-    for number in range(steps):
-        x, y = prepared[number % len(prepared)]
-        began = time.perf_counter()
-        training.step(x, y)
-        times.append(time.perf_counter() - began)
-    return {
-        "seconds": statistics.median(times),
+    prepared = itertools.cycle(list(itertools.islice(stream, 8)))
+    for _ in range(WARM_UP):
+        training.step(*next(prepared))
+    first = {
+        **about(),
+        "losses": [statistics.fmean(training.gather(loss)) for loss in losses],
         "first_step_seconds": max(training.gather(first_step)),
-        "losses": losses,
         "peak_bytes": max(training.gather(peak_bytes())),
     }
+    layers: list[Callable[[], None]] = []
+
+    def step() -> None:
+        training.step(*next(prepared))
+
+    def products() -> None:
+        for layer in layers:
+            layer()
+
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ["COMPARE_TURNS"])
+        with connection.makefile("rw") as channel:
+            print(json.dumps(first if training.rank == 0 else None), file=channel, flush=True)
+            for line in channel:
+                what, count = line.split()
+                if what == "products" and not layers:
+                    layers += [make_products(product) for product in NETWORKS[name].products]
+                    products()
+                times = _times({"steps": step, "products": products}[what], int(count))
+                print(json.dumps(statistics.median(times)), file=channel, flush=True)
+
+
+def _times(function: Callable[[], None], count: int) -> list[float]:
+    """Seconds of each call."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return times
 
 
 def train_mnist(
@@ -96,18 +126,6 @@ def train_mnist(
             break
     seconds = time.time() - float(os.environ["COMPARE_BEGAN"])
     return {"seconds": seconds, "steps": step, "accuracy": accuracy, "reached": accuracy >= ACCURACY}
-
-
-def time_products(name: str, make: Callable[[Product], Callable[[], None]], repeats: int) -> float:
-    """Median seconds of all matrix products of a step; `make` prepares those of one layer in the library's own way."""
-    layers = [make(product) for product in NETWORKS[name].products]
-    times = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        for layer in layers:
-            layer()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
 
 
 def operands(product: Product) -> list[np.ndarray]:

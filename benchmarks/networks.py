@@ -37,7 +37,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained: `batch` examples a rank, `steps` timed in a turn; SGD with momentum, or AdamW and clipping."""
+    """What is trained: `batch` examples a rank, `steps` in a turn; SGD with momentum, or AdamW and clipping."""
 
     title: str
     batch: int
@@ -65,16 +65,16 @@ def _gpt() -> Network:
         Product(tokens, 4 * WIDTH, WIDTH),
     ]
     products = [*block * LAYERS, Product(tokens, WIDTH, CHARACTERS)]
-    return Network("nanoGPT's CPU model", 12, 40, products, adamw=True, clip_norm=1.0)
+    return Network("nanoGPT's CPU model", 12, 6, products, adamw=True, clip_norm=1.0)
 
 
 NETWORKS = {
-    "mlp512": _mlp(784, 512, 512, 10, steps=300),
-    "mlp2048": _mlp(784, 2048, 2048, 10, steps=40),
+    "mlp512": _mlp(784, 512, 512, 10, steps=40),
+    "mlp2048": _mlp(784, 2048, 2048, 10, steps=6),
     "cnn": Network(
         "CNN, 3x3 conv 32 and 64, fc 128",
         64,
-        80,
+        10,
         [  # the convolutions as products with all 3x3 windows
             Product(64 * 28 * 28, 9, 32, dx=False),
             Product(64 * 14 * 14, 9 * 32, 64),

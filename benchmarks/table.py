@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ THROUGHPUT_2 = {"mlp512": 3.5, "mlp2048": 2.4, "cnn": 1.4, "gpt": 2.0}
 THROUGHPUT_1 = {"mlp512": 2.0, "mlp2048": 1.9, "cnn": 1.1, "gpt": 1.6}
 OVER_PRODUCTS = {"mlp512": 1.25, "mlp2048": 1.25, "cnn": 2.0, "gpt": 1.5}
 SCALING, MEMORY, REDUCTION, START, MNIST = 1.9, 0.5, 3.0, 0.4, 0.4
+
+STEPS, PRODUCTS = "steps_in_turns", "products_in_turns"  # seconds, one figure a round
 
 
 def show(results: dict[str, Any]) -> str:
@@ -51,28 +54,13 @@ def _times(results: dict[str, Any]) -> str:
     for name, figures in results["networks"].items():
         one, two = figures["distprop1"], figures["distprop2"]
         torch_one, torch_two = figures["torch1"], figures["torch2"]
-        times = [torch_one["seconds"], one["seconds"], torch_two["seconds"], two["seconds"]]
-        ms = [f"{1e3 * seconds:.2f}" for seconds in times]
-        products = one["products_seconds"], torch_one["products_seconds"]
-        rows.append(
-            [
-                NETWORKS[name].title,
-                ms[0],
-                ms[1],
-                f"{times[0] / times[1]:.2f}",
-                ms[2],
-                ms[3],
-                f"{times[2] / times[3]:.2f}",
-            ]
-            + [f"{2 * times[1] / times[3]:.2f}", f"{2 * products[0] / two['products_seconds']:.2f}"]
-            + [_compiled(figures.get("compiled"))]
-            + [f"{1e3 * seconds:.2f}" for seconds in products]
-            + [
-                f"{times[1] / products[0]:.2f}",
-                f"{two['peak_bytes'] / 1e6:.0f}",
-                f"{torch_two['peak_bytes'] / 1e6:.0f}",
-            ]
-        )
+        cells = [_ms(torch_one), _ms(one), f"{_ratio(torch_one, one):.2f}"]
+        cells += [_ms(torch_two), _ms(two), f"{_ratio(torch_two, two):.2f}"]
+        cells += [f"{2 * _ratio(one, two):.2f}", f"{2 * _ratio(one, two, PRODUCTS, PRODUCTS):.2f}"]
+        cells += [_compiled(figures.get("compiled")), _ms(one, PRODUCTS), _ms(torch_one, PRODUCTS)]
+        cells += [f"{_ratio(one, one, STEPS, PRODUCTS):.2f}"]
+        cells += [f"{run['peak_bytes'] / 1e6:.0f}" for run in (two, torch_two)]
+        rows.append([NETWORKS[name].title, *cells])
     options = [
         f"- PyTorch's choice for {NETWORKS[name].title}: "
         + ", ".join(f"{_options(figures[f'torch{ranks}'])} on {ranks} rank{'s' * (ranks > 1)}" for ranks in (1, 2))
@@ -81,12 +69,21 @@ def _times(results: dict[str, Any]) -> str:
     return "\n".join([_aligned([header, *rows]), "", *options]) if rows else ""
 
 
+def _ms(figures: dict[str, Any], what: str = STEPS) -> str:
+    return f"{1e3 * statistics.median(figures[what]):.2f}"
+
+
+def _ratio(above: dict[str, Any], below: dict[str, Any], first: str = STEPS, second: str = STEPS) -> float:
+    """The median over the rounds of how many times as long as `below` `above` took in the same round."""
+    return statistics.median(a / b for a, b in zip(above[first], below[second], strict=True))
+
+
 def _compiled(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "not measured"
     if "error" in figures:
         return figures["error"]
-    return f"{1e3 * figures['seconds']:.2f} ({figures['compile_seconds']:.0f} s)"
+    return f"{_ms(figures)} ({figures['compile_seconds']:.0f} s)"
 
 
 def _options(figures: dict[str, Any]) -> str:
@@ -127,39 +124,28 @@ def _targets(results: dict[str, Any]) -> str:
 def _target_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
     """(target, of what, wanted, measured)."""
     networks = results["networks"]
-
-    def ratio(name: str, above: str, below: str, key: str = "seconds") -> float:
-        return float(networks[name][above][key] / networks[name][below][key])
-
-    for name in networks:
-        yield "throughput of 2 ranks over PyTorch DDP", name, THROUGHPUT_2[name], ratio(name, "torch2", "distprop2")
-    for name in networks:
-        yield "throughput of 1 process over PyTorch", name, THROUGHPUT_1[name], ratio(name, "torch1", "distprop1")
-    for name in networks:
-        yield "samples/s of 2 ranks over 1", name, SCALING, 2 * ratio(name, "distprop1", "distprop2")
-    for name in networks:
-        one = networks[name]["distprop1"]
-        yield "step over products alone", name, OVER_PRODUCTS[name], one["seconds"] / one["products_seconds"]
+    for name, of in networks.items():
+        yield "throughput of 2 ranks over PyTorch DDP", name, THROUGHPUT_2[name], _ratio(of["torch2"], of["distprop2"])
+    for name, of in networks.items():
+        yield "throughput of 1 process over PyTorch", name, THROUGHPUT_1[name], _ratio(of["torch1"], of["distprop1"])
+    for name, of in networks.items():
+        yield "samples/s of 2 ranks over 1", name, SCALING, 2 * _ratio(of["distprop1"], of["distprop2"])
+    for name, of in networks.items():
+        one = of["distprop1"]
+        yield "step over products alone", name, OVER_PRODUCTS[name], _ratio(one, one, STEPS, PRODUCTS)
     for row in results.get("allreduce", []):
         megabytes = f"{row['bytes'] / 1e6:g} MB"
         yield "reduction, library's time over ours", megabytes, REDUCTION, row["library_seconds"] / row["seconds"]
-    for name in networks:
-        yield "peak memory of a rank over PyTorch's", name, MEMORY, ratio(name, "distprop2", "torch2", "peak_bytes")
+    for name, of in networks.items():
+        share = of["distprop2"]["peak_bytes"] / of["torch2"]["peak_bytes"]
+        yield "peak memory of a rank over PyTorch's", name, MEMORY, share
     if "mlp512" in networks:
-        yield (
-            "command to first step over torchrun's",
-            "mlp512",
-            START,
-            ratio("mlp512", "distprop2", "torch2", "first_step_seconds"),
-        )
+        ours, theirs = (networks["mlp512"][key]["first_step_seconds"] for key in ("distprop2", "torch2"))
+        yield "command to first step over torchrun's", "mlp512", START, ours / theirs
     mnist = results.get("mnist", {})
     if "torch" in mnist:
-        yield (
-            "time to 98 % on MNIST over DDP's",
-            "mlp512",
-            MNIST,
-            mnist["distprop"]["seconds"] / mnist["torch"]["seconds"],
-        )
+        share = mnist["distprop"]["seconds"] / mnist["torch"]["seconds"]
+        yield "time to 98 % on MNIST over DDP's", "mlp512", MNIST, share
 
 
 def _aligned(rows: list[list[str]]) -> str:

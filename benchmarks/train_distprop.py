@@ -12,7 +12,8 @@ import numpy as np
 import distprop as dp
 from distprop import functional as F
 from distprop import optim
-from measure import Product, measure, operands, time_products, train_mnist
+from distprop.environment import blas_description
+from measure import Product, operands, take_turns, train_mnist
 from networks import ADAMW, LR, MOMENTUM, NETWORKS, distprop_model, initial_state
 
 
@@ -87,16 +88,12 @@ def mnist(training: DistpropTraining, epochs: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     job = json.loads(sys.argv[1])
     training = DistpropTraining(job["network"])
-    if "epochs" in job:
-        answer = mnist(training, job["epochs"], job["seed"])
-    else:
-        answer = measure(training, job["network"], job["steps"])
-        seconds = time_products(job["network"], products, job["steps"])  # on all ranks at once
-        answer["products_seconds"] = max(training.gather(seconds))
+    if "epochs" not in job:
+        take_turns(training, job["network"], products, lambda: {"blas": blas_description()})
+        return
+    answer = mnist(training, job["epochs"], job["seed"])
     if training.rank == 0:
-        from distprop.bench.step import blas_description
-
-        print(json.dumps({**answer, "blas": blas_description()}))
+        print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from measure import Product, measure, operands, time_products, train_mnist
+from measure import Product, operands, take_turns, train_mnist
 from networks import ADAMW, LR, MOMENTUM, NETWORKS, initial_state, torch_model
 
 
@@ -134,18 +134,16 @@ def blas_description() -> str:
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    training = TorchTraining(job["network"], **job["variant"])
+    training = TorchTraining(job["network"], **job.get("variant", {"bucket_view": True, "fused": True}))
     if "epochs" in job:
         answer = mnist(training, job["epochs"], job["seed"])
-    elif job["variant"].get("compile"):
-        seconds = compile_seconds(training, job["network"])
-        answer = {"compile_seconds": seconds, **measure(training, job["network"], job["steps"])}
+        if training.rank == 0:
+            print(json.dumps(answer))
     else:
-        answer = measure(training, job["network"], job["steps"])
-        if training.size == 1:
-            answer["products_seconds"] = time_products(job["network"], products, job["steps"])
-    if training.rank == 0:
-        print(json.dumps({**answer, "blas": blas_description(), "torch": torch.__version__}))
+        about = {"blas": blas_description(), "torch": torch.__version__}
+        if job["variant"].get("compile"):
+            about["compile_seconds"] = compile_seconds(training, job["network"])
+        take_turns(training, job["network"], products, lambda: about)
     if training.size > 1:  # gloo at times never returns from destroy_process_group, nor from the interpreter's end
         distributed.barrier()
         sys.stdout.flush()
