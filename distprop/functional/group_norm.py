@@ -15,6 +15,7 @@ import numpy as np
 from distprop.allocator import aligned_like
 from distprop.functional.moments import Moments, Outer
 from distprop.functional.norm import affine_inputs, check_affine, placed
+from distprop.functional.short_buffers import short_buffers
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 
@@ -54,7 +55,7 @@ def group_norm(
     )
     value, moments = aligned_like(images), Moments(len(images), max(1, images[:1].size), x.dtype)
     by_channel = Outer(_step(images) * each, pixels, x.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with short_buffers(over="ignore", invalid="ignore"):
         for block in _blocks(images):
             data = moments.measure(_rows(images), block, eps, centred=True)
             slope = gamma[block] * moments.scale[block, None]
@@ -65,7 +66,8 @@ def group_norm(
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         dx = aligned_like(images) if x.requires_grad else None
-        sums = _derivative(np.ascontiguousarray(grad).reshape(images.shape), images, gamma, moments, dx)
+        with short_buffers():
+            sums = _derivative(np.ascontiguousarray(grad).reshape(images.shape), images, gamma, moments, dx)
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, each in ((weight, sums[0]), (bias, sums[1])):
             if tensor is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.allocator import aligned_empty
+from distprop.functional.short_buffers import LENGTH
 from distprop.tape import Array
 
 _SHORT = 256  # numbers of a row; for shorter ones vecdot takes twice matmul's time, of longer ones it is twice as exact
@@ -58,8 +59,9 @@ class Moments:
 class Outer:
     """a_i u_j + b_i v_j for the rows i of a block and the columns j, as a product of `(rows, 2)` with `(2, columns)`.
 
-    BLAS makes it so fast that a product or a sum with it takes three quarters of the time of one with `a[:, None]`,
-    whose inner loops are slow. It is two columns even if b is 0: for an inner axis of one NumPy has a loop of its own.
+    BLAS makes it so fast that a product or a sum with it takes three quarters of the time of one with `a[:, None]`, but
+    for long rows and a short buffer (`short_buffers`). It is two columns even if b is 0: for an inner axis of one NumPy
+    has a loop of its own.
     """
 
     def __init__(self, rows: int, columns: int, dtype: np.dtype[np.floating]) -> None:
@@ -68,7 +70,12 @@ class Outer:
         self._result = aligned_empty((rows, columns), dtype)
 
     def __call__(self, a: Array, uv: Array | None = None) -> Array:
-        """The matrix for b = 0, overwritten by the next call. `uv` is `(2, columns)`; without it a row is all a_i."""
+        """The matrix for b = 0, overwritten by the next call. `uv` is `(2, columns)`.
+
+        Without it a row is all a_i, and what is returned broadcasts to the matrix.
+        """
+        if uv is None and len(self.ones[0]) >= LENGTH:
+            return a[:, None]
         pairs = self._pairs[: len(a)]
         pairs[:, 0] = a
         return self.of_pairs(pairs, self.ones if uv is None else uv)

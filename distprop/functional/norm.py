@@ -13,6 +13,7 @@ import numpy as np
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.check import floating, same_dtype
 from distprop.functional.moments import Moments, Outer
+from distprop.functional.short_buffers import short_buffers
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -70,7 +71,7 @@ def _normalise(
     levels = np.full((len(rows), 2), -1, x.dtype)  # mean s, −1
     value, moments = aligned_like(rows), Moments(*rows.shape, x.dtype)
     outer = Outer(_step(rows), rows.shape[1], x.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with short_buffers(over="ignore", invalid="ignore"):
         for block in _blocks(rows):
             data = moments.measure(rows, block, eps, centred)
             scale = moments.scale[block]
@@ -82,7 +83,8 @@ def _normalise(
     def vjp(grad: Array, out: Out) -> list[Array | None]:
         wanted = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
         g = np.ascontiguousarray(grad).reshape(rows.shape)
-        dx, *sums = _derivative(g, rows, gamma, moments, wanted, centred)
+        with short_buffers():
+            dx, *sums = _derivative(g, rows, gamma, moments, wanted, centred)
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, total in zip((weight, bias), sums, strict=True):
             if tensor is not None:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from distprop.allocator import aligned_like
+from distprop.functional.short_buffers import short_buffers
 from distprop.tape import Array, Out, gradients_needed
 from distprop.tensor import Tensor, record
 
@@ -83,7 +84,8 @@ def in_rows(function: Callable[..., Any], first: Array, *others: Array | None) -
     if first.size:
         length = first.shape[-1]
         rows = [a.reshape(-1, a.shape[-1]) if a is not None and a.ndim else a for a in (first, *others)]
-        _in_blocks(function, first.size // length, max(1, 2 * CHUNK // length), rows)  # fewer arrays, slower calls
+        with short_buffers():
+            _in_blocks(function, first.size // length, max(1, 2 * CHUNK // length), rows)  # fewer arrays, slower calls
 
 
 def laid_out_as(model: Array, array: Array) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 from distprop.functional import maxima, tiles
 from distprop.functional.check import floating
 from distprop.functional.geometry import Size, pair, pooling_window
+from distprop.functional.short_buffers import short_buffers
 from distprop.functional.sliding import Axis, spread, sums
 from distprop.functional.windows import Pair, Window, blocks, channels_last, channels_second
 from distprop.tape import Array, Out, gradients_needed
@@ -87,23 +88,25 @@ def avg_pool2d(
     # a row is multiplied by one number or by as many as it has: twice as fast as pixel by pixel
     shares = shares[:, :1] if (shares == shares[:, :1]).all() else np.repeat(shares, channels, axis=1)
     value = np.empty((n, *window.output, channels), x.dtype)
-    for some, rows in blocks(n, window.output, _positions(images, window.stride[0] * window.stride[1])):
-        own, seen = down.seen_by(rows)
-        strips = np.empty((some.stop - some.start, own.outputs, width, channels), x.dtype)
-        sums(_rows(images[some, seen]), own, _rows(strips))
-        sums(_columns(strips), across, _columns(value[some, rows]))
-        averages = _rows(value[some, rows])
-        averages *= shares[rows]
+    with short_buffers():
+        for some, rows in blocks(n, window.output, _positions(images, window.stride[0] * window.stride[1])):
+            own, seen = down.seen_by(rows)
+            strips = np.empty((some.stop - some.start, own.outputs, width, channels), x.dtype)
+            sums(_rows(images[some, seen]), own, _rows(strips))
+            sums(_columns(strips), across, _columns(value[some, rows]))
+            averages = _rows(value[some, rows])
+            averages *= shares[rows]
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         g = channels_last(grad)
         dx = np.empty(shape, g.dtype)
-        for some, rows in blocks(n, (height, width), _positions(dx, 1)):  # of pixels
-            own, seeing = down.seeing(rows)
-            strips = np.empty((some.stop - some.start, own.outputs, width, channels), g.dtype)
-            parts = (_rows(g[some, seeing]) * shares[seeing]).reshape(-1, columns, channels)
-            spread(parts, across, _columns(strips))
-            spread(_rows(strips), own, _rows(dx[some, rows]))
+        with short_buffers():
+            for some, rows in blocks(n, (height, width), _positions(dx, 1)):  # of pixels
+                own, seeing = down.seeing(rows)
+                strips = np.empty((some.stop - some.start, own.outputs, width, channels), g.dtype)
+                parts = (_rows(g[some, seeing]) * shares[seeing]).reshape(-1, columns, channels)
+                spread(parts, across, _columns(strips))
+                spread(_rows(strips), own, _rows(dx[some, rows]))
         return [channels_second(dx)]
 
     return record(channels_second(value), (x,), vjp)
