@@ -15,7 +15,7 @@ from distprop.tape import Array
 
 
 class WeightsError(ValueError):
-    """A file that is not a whole safetensors file."""
+    """A file that is not a whole safetensors file, or not one of NumPy's numbers."""
 
 
 def save_state(state: Mapping[str, Array], path: str | os.PathLike[str]) -> None:
@@ -42,7 +42,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Array]:
     """Read arrays by name, for `Module.load_state_dict`.
 
     Raises:
-        WeightsError: the file is truncated, says something false about its offsets, or is no safetensors file.
+        WeightsError: the file is truncated, says something false about its offsets, is no safetensors file, or has
+            numbers of a type that NumPy lacks, such as bfloat16.
         FileNotFoundError: there is none.
     """
     from pathlib import Path
@@ -54,3 +55,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Array]:
         return dict(load(Path(path).read_bytes()))
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+    except KeyError as error:  # what the library says of a type that it does not know
+        raise WeightsError(
+            f"{path} has numbers of type {error.args[0]}, which NumPy does not have; save them as float32"
+        ) from None

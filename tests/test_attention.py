@@ -397,9 +397,24 @@ def test_dropout_in_an_encoder_layer_belongs_to_the_examples(batch_first, rng):
     assert not np.allclose(whole, run(slice(0, 5)))
 
 
-def test_encoder_layer_gradients_agree_with_finite_differences(rng):
-    module = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, activation="gelu", batch_first=True).double()
-    check_grads(lambda x: module(x, is_causal=True), rng.normal(size=(2, 3, 4)), atol=1e-7, rtol=1e-6)
+PADDING = np.array([[False, False, False], [False, False, True]])
+
+
+@pytest.mark.parametrize("masks", [{"is_causal": True}, {"src_key_padding_mask": PADDING}], ids=["causal", "padding"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer_gradients_agree_with_finite_differences(norm_first, masks, rng):
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": norm_first}
+    module = nn.TransformerEncoderLayer(4, 2, 5, **options).double()
+    check_grads(lambda x: module(x, **masks), rng.normal(size=(2, 3, 4)), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "masks", [{}, {"is_causal": True}, {"key_padding_mask": PADDING}], ids=["none", "causal", "padding"]
+)
+def test_multihead_attention_gradients_agree_with_finite_differences(masks, rng):
+    module = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    inputs = [rng.normal(size=(2, 3, 4)) for _ in range(3)]
+    check_grads(lambda q, k, v: module(q, k, v, **masks)[0], inputs, atol=1e-7, rtol=1e-6)
 
 
 def test_an_empty_batch_passes_through():

@@ -71,7 +71,18 @@ OPERATIONS = [
         [((2, 3, 7), (4, 3, 3), (4,)), ((1, 1, 3), (2, 1, 3)), ((0, 3, 7), (4, 3, 2), (4,))],
         [{}, {"padding": "same"}, {"stride": 2, "padding": 2, "dilation": 2}, {"stride": (2,), "padding": (1,)}],
     ),
-    Operation(F.conv1d, [((2, 4, 6), (4, 2, 3), (4,))], [{"groups": 2}], name="conv1d in groups"),
+    Operation(
+        F.conv1d,
+        [((2, 4, 9), (4, 2, 3), (4,)), ((2, 4, 9), (6, 2, 2))],
+        [{"groups": 2}, {"groups": 2, "stride": 2, "padding": 1}, {"groups": 2, "dilation": 2, "padding": 2}],
+        name="conv1d in groups",
+    ),
+    Operation(
+        F.conv1d,
+        [((2, 3, 9), (6, 1, 3), (6,))],
+        [{"groups": 3}, {"groups": 3, "stride": 2, "padding": 1}],
+        name="conv1d depthwise",
+    ),
     Operation(
         F.conv_transpose2d,
         [((2, 2, 3, 4), (2, 3, 3, 2), (3,)), ((2, 2, 1, 1), (2, 1, 3, 3)), ((0, 2, 3, 2), (2, 3, 2, 3), (3,))],
@@ -338,6 +349,36 @@ def test_the_whole_im2col_matrix_is_never_held(shape, weight, options, rng):
     tracemalloc.stop()
     needed = value.data.nbytes + 2 * x.data.nbytes + w.data.nbytes  # y; dx, and its copy in the leaf's grad
     assert peak < needed + 8e6
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "options"),
+    [
+        ((1, 8, 100_000), (8, 8, 9), {"padding": 4}),
+        ((2, 32, 40_000), (16, 32, 5), {"stride": 2, "dilation": 3}),
+        ((1, 8, 100_000), (8, 4, 9), {"groups": 2}),
+        ((1, 8, 200_000), (8, 1, 9), {"groups": 8, "padding": "same"}),
+    ],
+)
+def test_nor_is_that_of_a_long_sequence(shape, weight, options, torch, rng):
+    x = Tensor(rng.normal(size=shape).astype(np.float32), requires_grad=True)
+    w, b = (Parameter(rng.normal(size=s).astype(np.float32)) for s in (weight, weight[0]))
+    value = F.conv1d(x, w, b, **options)
+    matrix = value.data.nbytes // weight[0] * w.data[0].size * options.get("groups", 1)
+    seed = rng.normal(size=value.shape).astype(np.float32)
+    tracemalloc.start()
+    value = F.conv1d(x, w, b, **options)
+    value.backward(seed)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < value.data.nbytes + 4 * x.data.nbytes + 8e6  # y; x and g in another order, dx and its copy
+    assert matrix > 20e6
+    theirs = [torch.tensor(a.data, requires_grad=True) for a in (x, w, b)]
+    expected = torch.nn.functional.conv1d(*theirs, **options)
+    expected.backward(torch.tensor(seed))
+    assert_close(value.data, expected.detach().numpy(), 1e-5)
+    for our, their in zip((x, w, b), theirs, strict=True):
+        assert_close(our.grad, their.grad.numpy(), 5e-5)  # sums of up to 200,000 products in another order
 
 
 def test_one_tensor_as_image_and_kernel(rng):

@@ -551,6 +551,12 @@ def test_silu_is_accurate_to_a_rounding_of_its_input():
     assert (abs(F.silu(x).data - expected) <= np.finfo(np.float32).eps * np.maximum(abs(x), 1e-30)).all()
 
 
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax])
+def test_softmax_names_a_dim_that_is_not_there(function):
+    with pytest.raises(IndexError, match=rf"^{function.__name__} got dim 5, .* out of range for shape \(2, 3\)"):
+        function(np.ones((2, 3)), 5)
+
+
 def test_softmax_agrees_with_itself_however_large_the_scores():
     scores = np.random.default_rng(0).normal(size=(3, 50))  # close to 0 the largest score is not subtracted
     for function in (F.softmax, F.log_softmax):

@@ -84,6 +84,25 @@ def test_names_order_and_shapes_are_pytorchs(torch_net):
     assert [b.shape for b in net.buffers()] == [tuple(b.shape) for b in torch_net.buffers()]
 
 
+def test_a_module_in_two_places_is_one_module_with_two_names_in_the_state(torch):
+    def twice(library):
+        shared = library.Linear(2, 2)
+        return library.Sequential(shared, library.ReLU(), shared)
+
+    ours, theirs = twice(nn), twice(torch.nn)
+    assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
+
+
+def test_a_state_that_is_not_numbers_changes_nothing(rng):
+    layer = nn.Linear(2, 1)
+    before = layer.weight.data.copy()
+    with pytest.raises(ValueError, match="bias: <U1, not numbers"):
+        layer.load_state_dict({"weight": np.zeros((1, 2)), "bias": ["a"]})
+    np.testing.assert_array_equal(layer.weight.data, before)
+
+
 def test_weights_from_pytorch_give_pytorchs_output_and_gradients(torch_net, torch, rng):
     net = Net()
     net.load_state_dict({name: value.numpy() for name, value in torch_net.state_dict().items()})

@@ -412,6 +412,16 @@ def test_decay_groups_are_matrices_and_the_rest():
     assert [len(group["params"]) for group in decay_groups([Parameter(np.ones(3))], 0.1)] == [1]
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm((2, 3)), nn.RMSNorm((2, 3)), nn.GroupNorm(3, 6), nn.BatchNorm1d(6)], ids=repr
+)
+def test_no_parameter_of_a_norm_decays(norm):
+    model = nn.Sequential(nn.Linear(6, 6), norm)
+    for given in (model, DataParallel(model, SoloCommunicator())):
+        decaying, _ = decay_groups(given, 0.1)
+        assert decaying["params"] == [model[0].weight]
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
 def test_groups_that_differ_in_weight_decay_are_walked_as_one_stretch(name):
     """Python per parameter would cost more than the arithmetic: 0.8 ms for 200 parameters instead of 0.1."""

@@ -119,3 +119,35 @@ def test_a_file_that_lies_about_its_offsets_is_refused(offsets: list[int], tmp_p
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(WeightsError, match="not a whole safetensors file"):
         dp.load_state(path)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_numbers_that_numpy_lacks_are_named(dtype: str, tmp_path: Path) -> None:
+    size = 4 if dtype == "BF16" else 2
+    header = json.dumps({"w": {"dtype": dtype, "shape": [2], "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(WeightsError, match=rf"a\.safetensors has numbers of type {dtype}, which NumPy does not have"):
+        dp.load_state(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        },
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]},
+        },
+    ],
+    ids=["overlap", "hole"],
+)
+def test_tensors_that_overlap_or_leave_a_hole_are_refused(header: dict[str, object], tmp_path: Path) -> None:
+    content = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(12))
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        dp.load_state(path)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from distprop.allocator import aligned_like
-from distprop.functional.check import floating
+from distprop.functional.check import floating, valid_axis
 from distprop.functional.normal import StandardNormal
 from distprop.functional.pointwise import CHUNK, pointwise, row_sums, rowwise
 from distprop.tape import Array
@@ -165,7 +165,8 @@ def softmax(input: Operand, dim: int = -1) -> Tensor:
         np.subtract(g, np.vecdot(g, p)[:, None], out=out)
         out *= p
 
-    return rowwise(_float("softmax", input), dim, value, derivative)
+    x = _float("softmax", input)
+    return rowwise(x, valid_axis("softmax", dim, x.shape), value, derivative)
 
 
 def log_softmax(input: Operand, dim: int = -1) -> Tensor:
@@ -179,7 +180,8 @@ def log_softmax(input: Operand, dim: int = -1) -> Tensor:
         np.multiply(e, row_sums(g) / row_sums(e), out=out)
         np.subtract(g, out, out=out)
 
-    return rowwise(_float("log_softmax", input), dim, value, derivative, keep=True)
+    x = _float("log_softmax", input)
+    return rowwise(x, valid_axis("log_softmax", dim, x.shape), value, derivative, keep=True)
 
 
 def log1p_of(u: Array) -> Array:

@@ -26,6 +26,13 @@ def same_dtype(operation: str, **tensors: Tensor) -> None:
             raise TypeError(f"{operation} needs one floating-point dtype, got {found}; convert with .astype(...)")
 
 
+def valid_axis(operation: str, dim: int, shape: tuple[int, ...]) -> int:
+    """`dim` counted from the first axis; raise IndexError if there is none such."""
+    if not -len(shape) <= dim < len(shape):
+        raise IndexError(f"{operation} got dim {dim}, which is out of range for shape {shape}")
+    return dim % len(shape)
+
+
 def class_indices(operation: str, target: Array, classes: int, ignore_index: int | None = None) -> None:
     """Raise unless `target` holds integers in [0, classes), or `ignore_index`."""
     if target.dtype.kind not in "iu":

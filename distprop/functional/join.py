@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from distprop.functional.check import floating, same_dtype
+from distprop.functional.check import floating, same_dtype, valid_axis
 from distprop.tape import Array, Out, sum_to
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -21,7 +21,7 @@ def concatenate(tensors: Sequence[Operand], dim: int = 0) -> Tensor:
         TypeError: the dtypes differ or are not floating point.
     """
     inputs = _several("concatenate", tensors)
-    axis = _axis("concatenate", dim, inputs[0].shape)
+    axis = valid_axis("concatenate", dim, inputs[0].shape)
     for number, x in enumerate(inputs):
         if x.ndim != inputs[0].ndim or _without(x.shape, axis) != _without(inputs[0].shape, axis):
             raise ValueError(
@@ -46,7 +46,7 @@ def stack(tensors: Sequence[Operand], dim: int = 0) -> Tensor:
         TypeError: the dtypes differ or are not floating point.
     """
     inputs = _several("stack", tensors)
-    axis = _axis("stack", dim, (len(inputs), *inputs[0].shape))
+    axis = valid_axis("stack", dim, (len(inputs), *inputs[0].shape))
     for number, x in enumerate(inputs):
         if x.shape != inputs[0].shape:
             raise ValueError(
@@ -71,10 +71,10 @@ def split(input: Operand, split_size_or_sections: int | Sequence[int], dim: int 
         IndexError: `dim` out of range.
     """
     x = as_tensor(input)
-    axis = _axis("split", dim, x.shape)
+    axis = valid_axis("split", dim, x.shape)
     count = x.shape[axis]
-    if isinstance(split_size_or_sections, int):
-        size = split_size_or_sections
+    if isinstance(split_size_or_sections, int | np.integer):
+        size = int(split_size_or_sections)
         if size < 1:
             raise ValueError(f"split needs pieces of at least 1 entry, got {size}")
         sections = [min(size, count - start) for start in range(0, max(count, 1), size)]
@@ -180,12 +180,6 @@ def _several(operation: str, tensors: Sequence[Operand]) -> tuple[Tensor, ...]:
     floating(operation, inputs[0])
     same_dtype(operation, **{f"number {i}": x for i, x in enumerate(inputs)})
     return inputs
-
-
-def _axis(operation: str, dim: int, shape: tuple[int, ...]) -> int:
-    if not -len(shape) <= dim < len(shape):
-        raise IndexError(f"{operation} got dim {dim}, which is out of range for shape {shape}")
-    return dim % len(shape)
 
 
 def _along(axis: int, part: slice) -> tuple[slice, ...]:

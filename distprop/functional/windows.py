@@ -54,6 +54,10 @@ class Window:
         """Whether a window is one pixel and the windows are side by side."""
         return self.kernel == (1, 1) and self.stride == (1, 1)
 
+    def transposed(self) -> Window:
+        """With rows and columns exchanged."""
+        return Window(*(pair[::-1] for pair in (self.kernel, self.stride, self.dilation, self.padding, self.output)))
+
     def turned_round(self, size: Pair) -> Window:
         """Without stride: the windows of y that the pixels of an image of `size` see, the kernel turned by 180°."""
         (height, width), padding = self.extent, self.padding

@@ -52,13 +52,15 @@ class Module:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Module))
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all below it, with dotted names, parents first."""
-        yield prefix, self
-        for name, child in self.named_children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+        """This module and all below it once, with dotted names, parents first; a shared one keeps its first name."""
+        seen: set[int] = set()
+        for name, module in self._all_modules(prefix):
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
 
     def modules(self) -> Iterator[Module]:
-        """This module and all below it."""
+        """This module and all below it, each once."""
         return (module for _, module in self.named_modules())
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -86,7 +88,7 @@ class Module:
     def state_dict(self) -> dict[str, Array]:
         """All parameters and buffers by name; the arrays themselves, not copies."""
         state: dict[str, Array] = {}
-        for prefix, module in self.named_modules():
+        for prefix, module in self._all_modules():
             state.update((_join(prefix, name), p.data) for name, p in module._own_parameters())
             state.update((_join(prefix, name), module._buffer(name)) for name in module._buffer_names)
         return state
@@ -100,7 +102,13 @@ class Module:
         """
         own = self.state_dict()
         arrays = {name: np.asarray(value) for name, value in state.items()}
+        numbers = [array.dtype.kind in "fiub" for array in arrays.values()]
         problems = [
+            f"{name}: {array.dtype}, not numbers"
+            for (name, array), fit in zip(arrays.items(), numbers, strict=True)
+            if not fit
+        ]
+        problems += [
             f"{name}: shape {arrays[name].shape}, expected {value.shape}"
             for name, value in own.items()
             if name in arrays and arrays[name].shape != value.shape
@@ -173,8 +181,14 @@ class Module:
     def _own_parameters(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Parameter))
 
+    def _all_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """A module in several places under each of its names, as in PyTorch's `state_dict`."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child._all_modules(_join(prefix, name))
+
     def _all_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for prefix, module in self.named_modules():
+        for prefix, module in self._all_modules():
             for name, parameter in module._own_parameters():
                 yield _join(prefix, name), parameter
 

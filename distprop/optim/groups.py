@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from distprop.nn.module import Module
+from distprop.nn.norm import LayerNorm, RMSNorm
 from distprop.tensor import Parameter
 
 ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[Mapping[str, Any]]
@@ -21,7 +24,9 @@ class HasParameters(Protocol):
 def decay_groups(
     parameters: Iterable[Parameter] | HasParameters, weight_decay: float, **others: Any
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels, which decay, and biases and norm parameters (fewer than 2 axes), which do not.
+    """Two groups: matrices and kernels, which decay, and biases and the parameters of norms, which do not.
+
+    The latter have fewer than 2 axes, or belong to a norm over several axes where a module is given.
 
     >>> from distprop import nn
     >>> groups = decay_groups(nn.Linear(3, 2), 0.01)
@@ -34,11 +39,17 @@ def decay_groups(
         others: further options of the second group, such as `adapt=False` for `LARS` and `LAMB`.
     """
     several = list(parameters.parameters() if isinstance(parameters, HasParameters) else parameters)
-    matrices = [parameter for parameter in several if parameter.ndim >= 2]
-    vectors = [parameter for parameter in several if parameter.ndim < 2]
+    model = getattr(parameters, "module", parameters)  # of DataParallel
+    modules = model.modules() if isinstance(model, Module) else ()
+    norms = {id(p) for module in modules if isinstance(module, LayerNorm | RMSNorm) for p in module.parameters()}
+    decaying = [parameter.ndim >= 2 and id(parameter) not in norms for parameter in several]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0, **others},
+        {"params": list(compress(several, decaying)), "weight_decay": weight_decay},
+        {
+            "params": [p for p, decays in zip(several, decaying, strict=True) if not decays],
+            "weight_decay": 0.0,
+            **others,
+        },
     ]
     return [group for group in groups if group["params"]]
 
