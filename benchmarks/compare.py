@@ -14,16 +14,19 @@ import signal
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from networks import NETWORKS
 from programs import Program, ProgramError, command_of, run_for_json
-from table import disagreements, show
+from table import START_NETWORK, disagreements, show
 
-TIMED = {"torch1": ("steps", "products"), "distprop1": ("steps", "products"), "distprop2": ("steps", "products")}
+WITH_PRODUCTS = ("torch1", "distprop1", "distprop2")  # whose turns are to time the matrix products as well
+STARTS = 3  # of which the median counts
 MNIST_EPOCHS, MNIST_ROUNDS = 4, 3  # the learning rate falls over so many epochs; 98 % are reached in the third
 REDUCED_MEGABYTES = ("2.7", "23", "100")
 
@@ -31,8 +34,10 @@ REDUCED_MEGABYTES = ("2.7", "23", "100")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="some of them (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="turns that each program has (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps in a turn (default: 5 to 40, by the network)")
+    parser.add_argument(
+        "--rounds", type=positive, default=20, help="turns that each program has (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=positive, help="steps in a turn (default: 6 to 40, by the network)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-mnist", action="store_true", help="leave out the time to 98 %% on MNIST")
     parser.add_argument("--no-allreduce", action="store_true", help="leave out the reduction alone")
@@ -49,33 +54,53 @@ def main() -> int:
         parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
     results = merged(args.merge) if args.merge else measured(names, args)
     print(json.dumps(results) if args.json else show(results))
-    wrong = disagreements(results)
-    for line in wrong:
+    wrong, failed = disagreements(results), results.get("failed", [])
+    for line in (*wrong, *failed):
         print(line, file=sys.stderr)
-    return 1 if wrong else 0
+    return 2 if failed else 1 if wrong else 0
+
+
+def positive(text: str) -> int:
+    """A number of rounds or steps."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def measured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is asked for."""
+    """Everything that is asked for; "failed" says what could not be measured and why."""
     rounds = 2 if args.quick else args.rounds
     results: dict[str, Any] = {"networks": {}, "conditions": conditions(), "rounds": rounds}
+    failed: list[str] = []
+
+    def add(to: dict[str, Any], key: str, measure: Callable[[], Any]) -> None:
+        try:
+            to[key] = measure()
+        except ProgramError as error:
+            failed.append(str(error))
+
     for name in names:
         steps = 2 if args.quick else args.steps or NETWORKS[name].steps
-        results["networks"][name] = compare_network(name, steps, rounds, args.quick, args.quick or args.no_compile)
+        no_compile = args.quick or args.no_compile
+        add(results["networks"], name, partial(compare_network, name, steps, rounds, args.quick, no_compile))
     if not (args.quick or args.no_mnist):
-        results["mnist"] = compare_mnist()
+        add(results, "mnist", compare_mnist)
     if not (args.quick or args.no_allreduce):
-        results["allreduce"] = reductions()
-    return results
+        add(results, "allreduce", reductions)
+    return results | ({"failed": failed} if failed else {})
 
 
 def merged(files: list[str]) -> dict[str, Any]:
-    """The results of several runs as one; what comes later replaces what is there."""
+    """The results of several runs on one machine as one; what comes later replaces what is there."""
     results: dict[str, Any] = {"networks": {}}
     commands = []
     for file in files:
         found = json.loads(Path(file).read_text())
         commands.append(found["conditions"]["command"])
+        for what in ("processor", "python", "numpy", "mpi"):
+            before, now = (run.get("conditions", {}).get(what) for run in (results, found))
+            if before and before != now:
+                sys.exit(f"{file} was measured with {what} {now}, the files before it with {before}")
         results["networks"] |= found.pop("networks")
         results |= found
     results["conditions"]["command"] = "; ".join(dict.fromkeys(commands))
@@ -90,7 +115,7 @@ def compare_network(name: str, steps: int, rounds: int, quick: bool, no_compile:
     fused = {"fused": True} if alone.get("fused") else {}
     variants = [{**layout, **fused, **more} for layout in layouts for more in ({}, {"bucket_view": True})]
     together = fastest(name, steps, rounds, 2, variants[:1] if quick else variants)
-    with tempfile.TemporaryDirectory() as caches:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:  # a compiler may still be writing
         programs = {
             "torch1": Program("torch", 1, {"network": name, "variant": alone}),
             "distprop1": Program("distprop", 1, {"network": name}),
@@ -98,11 +123,18 @@ def compare_network(name: str, steps: int, rounds: int, quick: bool, no_compile:
             "distprop2": Program("distprop", 2, {"network": name}),
         }
         for number, layout in enumerate([] if no_compile else layouts):
-            job = {"network": name, "variant": {**layout, "compile": True}}
+            job = {"network": name, "variant": {**layout, **fused, "compile": True}}
             cache = str(Path(caches, str(number)))  # an empty one
             programs[f"compiled{number}"] = Program("torch", 1, job, TORCHINDUCTOR_CACHE_DIR=cache)
         result = in_turns(programs, steps, rounds)
     result["torch1"]["variant"], result["torch2"]["variant"] = alone, together
+    if name == START_NETWORK and not quick:
+        for key, library, job in (("torch2", "torch", {"variant": together}), ("distprop2", "distprop", {})):
+            starts = [result[key]["first_step_seconds"]]
+            for _ in range(STARTS - 1):
+                with Program(library, 2, {"network": name, **job}) as program:
+                    starts.append(program.first["first_step_seconds"])
+            result[key]["first_step_seconds"] = statistics.median(starts)
     compiled = [result.pop(key) for key in programs if key.startswith("compiled")]
     if compiled:
         result["compiled"] = min(compiled, key=median_step)
@@ -129,22 +161,26 @@ def in_turns(programs: dict[str, Program], steps: int, rounds: int) -> dict[str,
     figures: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for key, program in programs.items():
-            try:
-                figures[key] = dict(stack.enter_context(program).first)
-            except ProgramError as error:
-                if not key.startswith("compiled"):
-                    raise
-                figures[key] = {"error": error.last_line}
-        timed = [
-            (key, what, figures[key].setdefault(f"{what}_in_turns", []))
-            for key in programs
-            if "error" not in figures[key]
-            for what in TIMED.get(key, ("steps",))
-        ]
+            with may_fail(key, figures):
+                figures[key] = {**stack.enter_context(program).first, "steps_in_turns": [], "products_in_turns": []}
         for _ in range(rounds):
-            for key, what, seconds in timed:
-                seconds.append(programs[key].turn(what, steps))
+            for key, program in programs.items():
+                for what in ("steps", "products") if key in WITH_PRODUCTS else ("steps",):
+                    if "error" not in figures[key]:
+                        with may_fail(key, figures):
+                            figures[key][f"{what}_in_turns"].append(program.turn(what, steps))
     return figures
+
+
+@contextmanager
+def may_fail(key: str, figures: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """A compiled program that fails has its error for its figures."""
+    try:
+        yield
+    except ProgramError as error:
+        if not key.startswith("compiled"):
+            raise
+        figures[key] = {"error": error.last_line}
 
 
 def median_step(figures: dict[str, Any]) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from networks import NETWORKS, Product, batches
+from networks import BATCHES, NETWORKS, Product, batches
 
 CHECKED = 5  # first steps, of which both libraries must have the same losses
 WARM_UP = 5  # steps after those
@@ -42,17 +42,22 @@ class Training(Protocol):
 
 
 def take_turns(
-    training: Training, name: str, make_products: Callable[[Product], Callable[[], None]], about: Callable[[], Any]
+    training: Training,
+    name: str,
+    make_products: Callable[[Product], Callable[[], None]],
+    about: Callable[[], dict[str, Any]],
 ) -> None:
-    """Make the first steps, say what they were like, and then do what `compare.py` asks for, until it asks no more.
+    """Make the first steps, say what they were like, and then do what `programs.Program` asks for, until it hangs up.
 
-    What they were like: what `about()` says, seconds from the command to the end of the first step, losses, and memory.
+    What they were like: the mapping that `about()` returns, seconds from the command to the end of the first step, the
+    losses of the first steps, and the largest memory of a rank in bytes. `make_products(product)` returns a function
+    that computes a layer's matrix products once.
     """
     stream = (training.convert(x, y) for x, y in batches(name, training.rank))
     losses = [training.step(*next(stream))]
     first_step = time.time() - float(os.environ["COMPARE_BEGAN"])
     losses += [training.step(*next(stream)) for _ in range(CHECKED - 1)]
-    prepared = itertools.cycle(list(itertools.islice(stream, 8)))
+    prepared = itertools.cycle(list(itertools.islice(stream, BATCHES)))
     for _ in range(WARM_UP):
         training.step(*next(prepared))
     first = {

@@ -18,7 +18,7 @@ from torch import distributed
 from torch.nn import functional as F
 
 from measure import Product, operands, take_turns, train_mnist
-from networks import ADAMW, LR, MOMENTUM, NETWORKS, initial_state, torch_model
+from networks import ADAMW, LR, MOMENTUM, NETWORKS, batches, initial_state, torch_model
 
 
 class TorchTraining:
@@ -116,8 +116,6 @@ def mnist(training: TorchTraining, epochs: int, seed: int) -> dict[str, Any]:
 
 def compile_seconds(training: TorchTraining, name: str) -> float:
     """How long the first step of a compiled model takes, all else being loaded."""
-    from networks import batches
-
     x, y = training.convert(*next(batches(name, 0)))
     began = time.perf_counter()
     training.step(x, y)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import compare
 import networks
+import programs
 import table
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -42,7 +44,7 @@ def test_both_libraries_train_the_same_network_from_the_same_start(name: str, to
 
 def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--quick", "--networks", "mlp512", "--json"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert answer.returncode == 0, answer.stderr
     results = json.loads(answer.stdout)
     figures = results["networks"]["mlp512"]
@@ -71,7 +73,7 @@ def results() -> dict[str, Any]:
         "distprop2": figures(4e-3),
     }
     reduction = {"bytes": 23_000_000, "seconds": 1e-3, "library_seconds": 4e-3, "repeats": 3}
-    mnist = {"torch": {"seconds": 10.0}, "distprop": {"seconds": 5.0}}
+    mnist = {"torch": {"seconds": 10.0, "reached": True}, "distprop": {"seconds": 5.0, "reached": True}}
     return {"networks": {"mlp512": runs}, "allreduce": [reduction], "mnist": mnist, "conditions": {"command": "a"}}
 
 
@@ -94,6 +96,78 @@ def test_a_network_that_trained_otherwise_is_named(results: dict[str, Any]) -> N
     (line,) = table.disagreements(results)
     assert line.startswith("MLP 784-512-512-10 on 2 ranks: losses of the first steps differ by 1.0e-03")
     assert "DIFFERENT" in table.show(results)
+
+
+@pytest.mark.parametrize("losses", [[2.0, float("nan")], [float("nan"), 1.0]])
+def test_a_loss_that_is_not_a_number_is_no_agreement(losses: list[float], results: dict[str, Any]) -> None:
+    results["networks"]["mlp512"]["distprop1"]["losses"] = losses
+    assert len(table.disagreements(results)) == 1
+    assert "DIFFERENT" in table.show(results)
+
+
+def test_an_accuracy_that_was_not_reached_meets_no_target(results: dict[str, Any]) -> None:
+    results["mnist"]["distprop"] |= {"seconds": 1.0, "reached": False}
+    assert "inf | missed" in table.show(results)
+
+
+FAKE = """
+import json, os, socket, sys, time
+fate, rank = sys.argv[1], int(os.environ.get("RANK", 0))
+if fate == "dies at the start":
+    sys.exit("ValueError: no such network")
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(os.environ["COMPARE_TURNS"])
+    channel = connection.makefile("rw")
+    print(json.dumps({"losses": [1]}), file=channel, flush=True)
+    for line in channel:
+        if fate == "dies in its turn":
+            sys.exit("RuntimeError: out of luck")
+        print(0.5, file=channel, flush=True)
+        if fate == "dies between turns":
+            sys.exit("RuntimeError: out of luck")
+"""
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(programs, "command_of", lambda library, ranks, job: [sys.executable, "-c", FAKE, job["fate"]])
+    return lambda fate: programs.Program("torch", 1, {"fate": fate})
+
+
+def test_a_program_waits_for_its_turns_and_ends_when_it_is_left(program: Any) -> None:
+    with program("lives") as running:
+        assert running.first == {"losses": [1]}
+        assert [running.turn("steps", 3), running.turn("products", 1)] == [0.5, 0.5]
+        process = running._process
+        assert process.poll() is None
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("fate", ["dies at the start", "dies in its turn", "dies between turns"])
+def test_a_program_that_dies_says_why(fate: str, program: Any) -> None:
+    def run() -> None:
+        with program(fate) as running:
+            running.turn("steps", 1)
+            running._process.wait(10)
+            running.turn("steps", 1)
+
+    with pytest.raises(programs.ProgramError, match=r"ended with status 1:\n(.|\n)*Error: ") as failure:
+        run()
+    assert failure.value.last_line in ("ValueError: no such network", "RuntimeError: out of luck")
+
+
+def test_a_compiled_program_may_fail_and_another_one_not(program: Any) -> None:
+    two = {
+        "torch1": program("lives"),
+        "compiled0": program("dies in its turn"),
+        "compiled1": program("dies at the start"),
+    }
+    figures = compare.in_turns(two, steps=1, rounds=2)
+    assert figures["torch1"]["steps_in_turns"] == figures["torch1"]["products_in_turns"] == [0.5, 0.5]
+    assert figures["compiled0"] == {"error": "RuntimeError: out of luck"}
+    assert figures["compiled1"] == {"error": "ValueError: no such network"}
+    with pytest.raises(programs.ProgramError):
+        compare.in_turns({"torch1": program("dies in its turn")}, steps=1, rounds=1)
 
 
 def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from distprop import functional as F
 from distprop import nn
 from distprop.functional import maxima, pool, tiles
+from distprop.functional.geometry import pooling_window
 from distprop.tape import no_grad
 from distprop.tensor import Tensor
 from distprop.testing import check_grads
@@ -139,14 +140,36 @@ def test_sizes_of_real_networks(operation, window, shape, torch, rng):
         assert_close(found, expected, TOLERANCE["float32"])
 
 
-def test_without_a_gradient_nothing_is_remembered_but_the_value_is_the_same(rng):
+@pytest.mark.parametrize("window", [(3, 2, 1), (2,), (3,)], ids=str)
+def test_without_a_gradient_nothing_is_remembered_but_the_value_is_the_same(window, rng):
     x = rng.normal(size=(2, 3, 6, 6))
-    expected = F.max_pool2d(Tensor(x, requires_grad=True), 3, 2, 1).data
+    expected = F.max_pool2d(Tensor(x, requires_grad=True), *window).data
     with no_grad():
-        value = F.max_pool2d(Tensor(x, requires_grad=True), 3, 2, 1)
+        value = F.max_pool2d(Tensor(x, requires_grad=True), *window)
     assert value.node is None
     np.testing.assert_array_equal(value.data, expected)
-    np.testing.assert_array_equal(F.max_pool2d(x, 3, 2, 1).data, expected)
+    np.testing.assert_array_equal(F.max_pool2d(x, *window).data, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "kernel"), [((3, 6, 8, 5), (2, 2)), ((2, 7, 9, 1), (3, 2)), ((0, 4, 4, 2), (4, 4))])
+def test_windows_side_by_side_give_the_bits_that_any_windows_give(shape, kernel, dtype, block, rng):
+    images = rng.integers(-3, 4, shape).astype(dtype)  # with equal maxima
+    window = pooling_window("max_pool2d", (shape[0], shape[3], *shape[1:3]), kernel, None, 0, 1, False)
+    assert tiles.suits(images, window)
+    value, winner = tiles.forward(images, window, True)
+    for found, expected in zip((value, winner), maxima.forward(images, window, True), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    grad = rng.normal(size=value.shape).astype(dtype)
+    expected = maxima.backward(grad, winner, shape, window)
+    np.testing.assert_array_equal(tiles.backward(grad, winner, shape, window), expected)
+
+
+def test_numbers_of_more_than_eight_bytes(rng):
+    x = Tensor(rng.normal(size=(2, 3, 4, 4)).astype(np.longdouble), requires_grad=True)
+    value = F.max_pool2d(x, 2)
+    value.sum().backward()
+    assert x.grad.sum() == value.data.size
 
 
 @pytest.mark.parametrize("function", [F.max_pool2d, F.avg_pool2d])

@@ -18,10 +18,12 @@ from distprop.tape import Array
 BLOCK_BYTES = 1 << 19  # of pixels: for a second-level cache of 2 MiB
 
 
-def largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
-    """(the largest pixel of each window, the number of the kernel's element that met it, the latter if asked for).
+def forward(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
+    """The largest pixel of each window, and the number of the kernel's element that met it, counted row by row.
 
-    The largest of each row first, then of these: so the first winner, row by row, is found for fewer comparisons.
+    Shapes: images `(batch, height, width, channels)`, both results `(batch, rows, columns, channels)`; the numbers are
+    an array without a batch unless they are to be remembered. The largest of each row comes first, then that of these:
+    so the first winner, row by row, is found for fewer comparisons.
     """
     n, _, _, channels = images.shape
     (kh, kw), (sh, sw) = window.kernel, window.stride
@@ -33,7 +35,7 @@ def largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array
         length = width - layout.rows[-1][1]
         column, number = layout.first_elements  # the border does not win, not even from −∞
         best = layout.flat("all", images.dtype, length)
-        if (kw - 1) * min(kh, sh) + kh >= kh * kw:  # as many comparisons in one go
+        if (kw - 1) * min(kh, sh) + kh >= kh * kw:  # rows first would take no fewer comparisons
             met = [found[a, b][down + shift :][:length] for a, down in layout.rows for b, shift in layout.columns]
             best, won = _first_largest(met, range(kh * kw) if remember else None, number[:length], best)
         else:
@@ -60,7 +62,7 @@ def _first_largest(
 ) -> tuple[Array, Array]:
     """(the largest of some arrays, the number of the first that has it); without numbers, which increase, only that.
 
-    `first` has the numbers of array 0, or where that is border of the first array that is not.
+    `first` has the number of array 0; where array 0 is border, that of the first array that is not border.
     """
     best, won = met[0], first
     for place in range(1, len(met)):
@@ -71,8 +73,11 @@ def _first_largest(
     return best, won
 
 
-def to_winners(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
-    """dx: each g is added to the pixel that won, in the order of the outputs."""
+def backward(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
+    """dx, of the `shape` of the images: each g is added to the pixel that won, in the order of the outputs.
+
+    `grad` and `winner` are `(batch, rows, columns, channels)`, the latter as `forward` gives it.
+    """
     n, _, width, channels = shape
     (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
     steps = np.add.outer(np.arange(kh) * dh * width, np.arange(kw) * dw).reshape(-1) * channels

@@ -59,9 +59,9 @@ class Moments:
 class Outer:
     """a_i u_j + b_i v_j for the rows i of a block and the columns j, as a product of `(rows, 2)` with `(2, columns)`.
 
-    BLAS makes it so fast that a product or a sum with it takes three quarters of the time of one with `a[:, None]`, but
-    for long rows and a short buffer (`short_buffers`). It is two columns even if b is 0: for an inner axis of one NumPy
-    has a loop of its own.
+    BLAS makes it so fast that a product or a sum with it takes three quarters of the time of one with `a[:, None]`.
+    Rows that do not fit into NumPy's short buffer are the exception: use it within `short_buffers`. It is two columns
+    even if b is 0: for an inner axis of one NumPy has a loop of its own.
     """
 
     def __init__(self, rows: int, columns: int, dtype: np.dtype[np.floating]) -> None:

@@ -47,11 +47,11 @@ def max_pool2d(
     window = pooling_window("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
     images = channels_last(x.data)
     shape = images.shape
-    way = tiles if tiles.suits(window, shape[1:3]) else maxima
-    value, winner = way.largest(images, window, gradients_needed((x,)))
+    way = tiles if tiles.suits(images, window) else maxima
+    value, winner = way.forward(images, window, gradients_needed((x,)))
 
     def vjp(grad: Array, out: Out) -> list[Array]:
-        return [channels_second(way.to_winners(channels_last(grad), winner, shape, window))]
+        return [channels_second(way.backward(channels_last(grad), winner, shape, window))]
 
     return record(channels_second(value), (x,), vjp)
 

@@ -10,21 +10,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from distprop.functional.windows import Pair, Window, blocks, copy_pixels
+from distprop.functional.windows import Window, blocks, copy_pixels
 from distprop.tape import Array
 
 BLOCK_BYTES = 1 << 19  # of pixels: for a second-level cache of 2 MiB
 _AS_INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def suits(window: Window, size: Pair) -> bool:
-    """Whether the windows over images of `size` lie side by side, without a border."""
-    inside = window.reach[0] <= size[0] and window.reach[1] <= size[1]
-    return inside and window.kernel == window.stride and window.padding == (0, 0) and window.dilation == (1, 1)
+def suits(images: Array, window: Window) -> bool:
+    """Whether the windows over these images lie side by side, without a border, and numbers have 8 bytes at most."""
+    inside = window.reach[0] <= images.shape[1] and window.reach[1] <= images.shape[2]
+    if not inside or images.itemsize not in _AS_INTEGERS:
+        return False
+    return window.kernel == window.stride and window.padding == (0, 0) and window.dilation == (1, 1)
 
 
-def largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
-    """See `maxima.largest`."""
+def forward(images: Array, window: Window, remember: bool) -> tuple[Array, Array]:
+    """As `maxima.forward`."""
     n, _, _, channels = images.shape
     count = window.kernel[0] * window.kernel[1]
     value = np.empty((n, *window.output, channels), images.dtype)
@@ -44,14 +46,13 @@ def largest(images: Array, window: Window, remember: bool) -> tuple[Array, Array
             if remember:
                 np.greater(met[1], met[0], out=larger)
                 won = winner[some, rows]
-                numbers = np.multiply(larger, won.dtype.type(number))
-                np.maximum(won, numbers, out=won)
+                np.maximum(won, np.multiply(larger, won.dtype.type(number)), out=won)
             np.maximum(met[0], met[1], out=best if number == count - 1 else met[0])
     return value, winner
 
 
-def to_winners(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
-    """See `maxima.to_winners`."""
+def backward(grad: Array, winner: Array, shape: tuple[int, ...], window: Window) -> Array:
+    """As `maxima.backward`."""
     dx = np.empty(shape, grad.dtype)
     dx[:, window.reach[0] :] = 0
     dx[:, :, window.reach[1] :] = 0
