@@ -73,6 +73,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    prefetch: Annotated[int, msgspec.Meta(ge=0)] = 0  # batches loaded ahead in a background thread
     deterministic: bool = False  # the same bits on any number of ranks
     shards: Count = 8
     wire: Literal["bf16", "fp16"] | None = None  # 16 bits between nodes; float32 by default

@@ -91,6 +91,7 @@ class Task:
             shards=train.shards,
             wire=train.wire,
             accumulate=train.accumulate,
+            prefetch=train.prefetch,
             clip_norm=train.clip_norm,
             health=train.health,
             **options,

@@ -73,6 +73,8 @@ class Trainer:
             Not with `deterministic`. What rounding has left over is not part of a checkpoint.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
+        prefetch: load so many batches ahead in a background thread. It pays where loading waits for a disk, or where a
+            core is idle.
         run_dir: a folder for `metrics.jsonl` and `checkpoints`, of rank 0; made if it is missing.
         checkpoint_every: write a checkpoint every so many steps, when the validation loss is the best so far, and at
             the end of `fit`. The newest three and the best are kept.
@@ -116,6 +118,7 @@ class Trainer:
         wire: Literal["bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        prefetch: int = 0,
         run_dir: str | Path | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -128,6 +131,8 @@ class Trainer:
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("shards", shards)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
         if checkpoint_every is not None and checkpoint_every < 1:
@@ -157,6 +162,7 @@ class Trainer:
         self._diagnosis = Diagnosis(clipped=clip_norm is not None)
         self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire, passengers=self._health)
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
+        self._prefetch = prefetch
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
         self.checkpoint_every = checkpoint_every
@@ -232,7 +238,10 @@ class Trainer:
         if not self._resumed:
             self._fit_began = (self.epoch, self.step)
         self._resumed = False
-        loader = Loader(dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards)
+        loader = Loader(
+            dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards,
+            prefetch=self._prefetch,
+        )  # fmt: skip
         if self.batch > len(loader):
             raise ValueError(
                 f"training stands at batch {self.batch} of its epoch, but {len(dataset)} examples have fewer"

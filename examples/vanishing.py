@@ -51,26 +51,30 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def hidden_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Communicator) -> list[float]:
-    """‖∂C/∂b‖ of each hidden layer, first layer first, the mean over all images of all ranks."""
+def hidden_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Communicator, clip=None) -> list[float]:
+    """‖∂C/∂b‖ of each hidden layer, first layer first, the mean over all images of all ranks, perhaps clipped."""
     parallel = dp.DataParallel(model, comm)
     (x, y), *_ = data.Loader(images, batch_size=len(images), comm=comm, shuffle=False)
     loss = F.binary_cross_entropy_with_logits(parallel(x), np.eye(10, dtype=np.float32)[y]) * 10
     loss.backward()
+    if clip is not None:
+        optim.clip_grad_norm_(model.parameters(), clip)
     speeds = learning_speeds(model)
     return [speeds[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
 
 
-def through_time(scale: float, steps: int) -> float:
+def through_time(scale: float, steps: int, clip=None) -> float:
     """‖∂L/∂h₀‖ after `steps` steps of a tanh network near 0 whose recurrent weight scales every vector by `scale`."""
     dp.manual_seed(1)
     rnn = nn.RNN(WIDTH, WIDTH, batch_first=True)
     nn.init.orthogonal_(rnn.weight_hh_l0, gain=scale)
     nn.init.zeros_(rnn.bias_hh_l0)
     nn.init.zeros_(rnn.bias_ih_l0)
-    h0 = dp.tensor(np.full((1, 1, WIDTH), 1e-9, np.float32), requires_grad=True)
+    h0 = nn.Parameter(np.full((1, 1, WIDTH), 1e-9, np.float32))
     output, _ = rnn(np.zeros((1, steps, WIDTH), np.float32), h0)
     output[:, -1].sum().backward()
+    if clip is not None:
+        optim.clip_grad_norm_([h0], clip)
     return float(np.linalg.norm(h0.grad))
 
 
@@ -107,12 +111,14 @@ def main() -> None:
     models = {
         **{f"{hidden} hidden, sigmoid": network(hidden) for hidden in (1, 2, 3, 4)},
         "4, sigmoid, Xavier": network(4, init=nn.init.xavier_normal_),
+        "4, ReLU": network(4, activation=nn.ReLU),
         "4, ReLU, Kaiming": network(4, **kaiming),
         "4, sigmoid, short cuts": network(4, residual=True),
         "4, sigmoid, layer norm": network(4, normalise=True),
         "4, ReLU, Kaiming, layer norm, short cuts": network(4, **kaiming, normalise=True, residual=True),
     }
     curves = {name: hidden_speeds(model, images, comm) for name, model in models.items()}
+    curves["4, sigmoid, clipped to norm 0.1"] = hidden_speeds(network(4), images, comm, clip=0.1)
     for name, speeds in curves.items():
         say(f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
 
@@ -120,7 +126,7 @@ def main() -> None:
     say(f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in LENGTHS))
     for scale in (0.8, 1.0, 1.5):
         curves[str(scale)] = [through_time(scale, steps) for steps in LENGTHS]
-    curves["1.5, clipped to norm 1"] = [min(norm, 1.0) for norm in curves["1.5"]]
+    curves["1.5, clipped to norm 1"] = [through_time(1.5, steps, clip=1.0) for steps in LENGTHS]
     for name in list(curves)[-4:]:
         say(f"{name:<42}" + "  ".join(f"{norm:7.3g}" for norm in curves[name]))
     if comm.rank == 0:

@@ -46,11 +46,27 @@ def test_learning_speeds_are_those_of_chapter_5(table: str, hidden: int) -> None
         assert published / 2 < found < published * 2
 
 
-@pytest.mark.parametrize("remedy", ["4, ReLU, Kaiming ", "4, sigmoid, short cuts"])
+REMEDIES = ["4, ReLU ", "4, ReLU, Kaiming ", "4, sigmoid, short cuts", "4, ReLU, Kaiming, layer norm, short cuts"]
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
 def test_the_remedies_bring_the_first_layer_near_the_last(table: str, remedy: str) -> None:
     without, with_it = speeds(table, "4 hidden, sigmoid"), speeds(table, remedy)
     assert without[0] < without[-1] / 30
     assert with_it[0] > with_it[-1] / 3
+
+
+@pytest.mark.parametrize("alone", ["4, sigmoid, Xavier", "4, sigmoid, layer norm"])
+def test_a_sigmoid_shrinks_gradients_whatever_the_weights_and_the_scale_of_its_input(table: str, alone: str) -> None:
+    found = speeds(table, alone)
+    assert found[0] < found[-1] / 30
+
+
+def test_clipping_makes_all_layers_slower_alike(table: str) -> None:
+    whole, clipped = speeds(table, "4 hidden, sigmoid"), speeds(table, "4, sigmoid, clipped to norm 0.1 ")
+    factors = [b / a for a, b in zip(whole[1:], clipped[1:], strict=True)]  # the first has one digit
+    assert max(factors) < 0.05
+    assert factors == pytest.approx([factors[-1]] * 3, rel=0.2)  # three digits are printed
 
 
 def test_gradients_explode_through_time_and_clipping_bounds_them(table: str) -> None:
@@ -65,4 +81,4 @@ def test_gradients_explode_through_time_and_clipping_bounds_them(table: str) -> 
         growth = found[-1] / found[0]  # 39 further steps, each scales by the name
         assert growth == pytest.approx(float(name) ** 39, rel=0.05)
     clipped = next(line for line in lines if line.startswith("1.5, clipped"))
-    assert max(float(number) for number in clipped.split()[-5:]) <= 1
+    assert [float(number) for number in clipped.split()[-5:]] == [1] * 5  # all were longer

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -9,7 +10,12 @@ import pytest
 
 import distprop as dp
 import train_suite
+from distprop import functional as F
+from distprop import nn, optim
 from distprop.comm import CollectiveError, SoloCommunicator, mpi, run_threads
+from distprop.data import ArrayDataset
+from distprop.data.augment import Augmented, RandomShift
+from distprop.random import manual_seed
 from distprop.update import NonFiniteLossError
 from scenario import run
 from train_suite import classes, make_trainer
@@ -176,3 +182,33 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
 def test_arrays_that_are_not_a_dataset_are_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"expected a dataset, got a tuple; wrap arrays in data\.ArrayDataset\(x, y\)"):
         dp.data.Loader((np.zeros((3, 2)), np.zeros(3)), batch_size=1)
+
+
+def test_batches_loaded_ahead_train_the_same_and_leave_no_thread():
+    rng = np.random.default_rng(0)
+    images = ArrayDataset(rng.normal(size=(13, 1, 4, 4)).astype(np.float32), rng.integers(0, 2, 13))
+
+    def trained(prefetch):
+        manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        options = {"batch_size": 5, "seed": 3, "prefetch": prefetch, "progress": False}
+        trainer = dp.Trainer(model, F.cross_entropy, optim.SGD(model.parameters(), lr=0.1), **options)
+        trainer.fit(Augmented(images, [RandomShift(1)], seed=3), steps=7)
+        return [parameter.data.copy() for parameter in model.parameters()]
+
+    for one, other in zip(trained(0), trained(2), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("distprop-ahead")]
+
+
+def test_the_trainer_hands_prefetch_to_its_loader(monkeypatch):
+    asked = []
+    monkeypatch.setattr("distprop.data.loader.ahead", lambda batches, count: asked.append(count) or batches)
+    make_trainer(SoloCommunicator(), prefetch=2).fit(classes(10), epochs=1)
+    assert asked == [2]
+
+
+def test_a_number_of_batches_to_load_ahead_is_0_or_more():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="prefetch must be 0 or more, got -1"):
+        dp.Trainer(model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=1, prefetch=-1)
