@@ -84,7 +84,7 @@ def read_trace(run_dir: Path) -> Trace:
         spans: list[list[Span]] = [[] for _ in about["hosts"]]
         for event in tree["traceEvents"]:
             if event["ph"] == "X":
-                ended = event["ts"] + event["dur"]
+                ended = round(event["ts"] + event["dur"], 3)  # the `ts` of what begins then, to the last bit
                 spans[event["pid"]].append(Span(event["name"], event["cat"], event["ts"], ended))
         return Trace(about["hosts"], spans, about["clock_uncertainty_us"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

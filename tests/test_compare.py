@@ -58,6 +58,16 @@ def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
     assert "throughput of 2 ranks over PyTorch DDP" in shown
 
 
+def test_a_profile_names_the_layers_and_what_was_wrong_with_the_command() -> None:
+    command = [sys.executable, str(BENCHMARKS / "profile.py")]
+    answer = subprocess.run([*command, "mlp512", "3"], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.startswith("3 steps on 1 rank")
+    assert "0 Linear" in answer.stdout
+    for wrong in ([], ["mlp"], ["mlp512", "many"]):
+        answer = subprocess.run([*command, *wrong], capture_output=True, text=True, timeout=60, check=False)
+        assert (answer.returncode, answer.stderr[:37]) == (1, "usage: profile.py NETWORK [STEPS], NE")
+
+
 def figures(seconds: float, **more: Any) -> dict[str, Any]:
     turns = {"steps_in_turns": [seconds, 3 * seconds, seconds], "products_in_turns": [1e-3, 3e-3, 1e-3]}
     run = {**turns, "losses": [2.0, 1.0], "peak_bytes": 100e6, "first_step_seconds": 1.0}

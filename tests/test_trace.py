@@ -60,6 +60,16 @@ def test_where_the_time_went_is_told_for_each_rank(tmp_path: Path) -> None:
     assert layers == {"Sequential": [6.5, 0], "0 Linear": [7.5, 5]}  # the mean of both ranks, without what is inside
 
 
+def test_layers_one_after_the_other_are_not_one_in_the_other(tmp_path: Path) -> None:
+    layers = [("layer", "a", 0.1, 0.3), ("layer", "b", 0.3, 0.4)]  # as a sum of floats 0.1 + 0.2 is more than 0.3
+    write_trace(tmp_path, [("step", "step 1", 0, 1), ("backward", None, 0, 1), *layers])
+    found = summarise(read_trace(tmp_path)).layers
+    assert {name: [round(value * 1e9) for value in times] for name, times in found.items()} == {
+        "a": [0, 200],
+        "b": [0, 100],
+    }
+
+
 def test_the_critical_path_follows_the_rank_that_comes_last(tmp_path: Path) -> None:
     write_trace(tmp_path, RANK_0, RANK_1)
     summary = summarise(read_trace(tmp_path))
