@@ -59,13 +59,13 @@ def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
 
 
 def test_a_profile_names_the_layers_and_what_was_wrong_with_the_command() -> None:
-    command = [sys.executable, str(BENCHMARKS / "profile.py")]
+    command = [sys.executable, str(BENCHMARKS / "step_profile.py")]
     answer = subprocess.run([*command, "mlp512", "3"], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.startswith("3 steps on 1 rank")
     assert "0 Linear" in answer.stdout
     for wrong in ([], ["mlp"], ["mlp512", "many"]):
         answer = subprocess.run([*command, *wrong], capture_output=True, text=True, timeout=60, check=False)
-        assert (answer.returncode, answer.stderr[:37]) == (1, "usage: profile.py NETWORK [STEPS], NE")
+        assert (answer.returncode, answer.stderr[:38]) == (1, "usage: step_profile.py NETWORK [STEPS]")
 
 
 def figures(seconds: float, **more: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a step of one of the four networks goes: `distprop run -n 2 benchmarks/profile.py cnn`.
+"""Where a step of one of the four networks goes: `distprop run -n 2 benchmarks/step_profile.py cnn`.
 
 Trains on noise, records every rank's time line, of 100 steps or as many as the second argument says, and prints what
 `distprop trace` says of them.
@@ -22,7 +22,7 @@ WARM_UP = 10  # steps
 def main() -> None:
     name, steps = (*sys.argv[1:], *("", "100")[len(sys.argv) - 1 :])[:2]
     if name not in NETWORKS or not steps.isdecimal():
-        sys.exit(f"usage: profile.py NETWORK [STEPS], NETWORK being one of {', '.join(NETWORKS)}")
+        sys.exit(f"usage: step_profile.py NETWORK [STEPS], NETWORK being one of {', '.join(NETWORKS)}")
     network, comm = NETWORKS[name], dp.world()
     model = distprop_model(name)
     if network.adamw:
