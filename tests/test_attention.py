@@ -317,6 +317,13 @@ def test_causal_needs_no_mask_and_goes_with_padding(torch, rng):
         np.testing.assert_array_equal(before[:, :2], after[:, :2])
 
 
+def test_weights_are_given_unless_they_are_declined_as_in_pytorch(rng):
+    x = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    module = nn.MultiheadAttention(4, 2)
+    assert module(x, x, x)[1].shape == (2, 3, 3)
+    assert module(x, x, x, need_weights=False)[1] is None
+
+
 def test_attention_weights_with_dropout_are_those_that_were_used(rng):
     module = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).double()
     x = rng.normal(size=(2, 6, 4))

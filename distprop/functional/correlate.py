@@ -5,7 +5,7 @@ linear in x and in w, so its derivatives are products of the same kind: `correla
 `input_gradient` are its adjoints. A transposed convolution is `input_gradient` as the value and `correlate` as the
 derivative. Each is one matrix product for each block of windows (see `distprop.functional.windows`).
 
-A faster way for some windows, such as Winograd's for 3×3, is a file of its own with the same products.
+A faster way for some windows is a file of its own with the same products.
 """
 
 from __future__ import annotations

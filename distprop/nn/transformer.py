@@ -25,8 +25,8 @@ class MultiheadAttention(Module):
     Parameters, as in PyTorch: `in_proj_weight` `(3 embed_dim, embed_dim)`, the projections of queries, keys and values
     one above the other, `in_proj_bias` `(3 embed_dim,)`, `out_proj.weight`, `out_proj.bias`.
 
-    Unlike PyTorch, `need_weights` is False by default, because the weights cost time and memory. Not here: `kdim`,
-    `vdim`, `add_bias_kv`, `add_zero_attn`.
+    The weights cost time and memory: pass `need_weights=False` where they are not looked at. Not here: `kdim`, `vdim`,
+    `add_bias_kv`, `add_zero_attn`.
 
     Source: Vaswani et al., 2017, arXiv:1706.03762.
     """
@@ -58,7 +58,7 @@ class MultiheadAttention(Module):
         key: Operand,
         value: Operand,
         key_padding_mask: Operand | None = None,
-        need_weights: bool = False,
+        need_weights: bool = True,
         attn_mask: Operand | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -229,7 +229,7 @@ class TransformerEncoderLayer(Module):
 
     def _layer(self, x: Tensor, mask: Operand | None, padding: Operand | None, is_causal: bool) -> Tensor:
         def attend(x: Tensor) -> Tensor:
-            output, _ = self.self_attn(x, x, x, padding, attn_mask=mask, is_causal=is_causal)
+            output, _ = self.self_attn(x, x, x, padding, need_weights=False, attn_mask=mask, is_causal=is_causal)
             return self.dropout1(output)
 
         def feed_forward(x: Tensor) -> Tensor:
