@@ -71,23 +71,24 @@ def batch_size(quick: bool = False) -> Part:
 
 def depth(quick: bool = False) -> Part:
     """Python's share of a layer: time against depth with tiny matrices, less the same arithmetic in plain NumPy."""
-    shallow, deep = (10, 50) if quick else (100, 1000)
+    counts = (10, 50) if quick else (100, 300, 1000)
     steps = 5 if quick else 60
-    rows, worst = [], 0.0
+    rows, worst, steepest = [], 0.0, 0.0
     for name, layer in (("Linear", [_tiny_linear]), ("Linear, ReLU", [_tiny_linear, nn.ReLU])):
-        seconds = {count: _depth_seconds(layer, count, steps) for count in (shallow, deep)}
-        grown = [(seconds[deep][i] - seconds[shallow][i]) / (deep - shallow) for i in range(2)]
-        overhead = (grown[0] - grown[1]) / len(layer)
-        worst = max(worst, overhead)
-        rows.append([name, *(f"{seconds[count][0] * 1e3:.3f}" for count in (shallow, deep))])
-        rows[-1] += [
-            f"{grown[0] / len(layer) * 1e6:.2f}",
-            f"{grown[1] / len(layer) * 1e6:.2f}",
-            f"{overhead * 1e6:.2f}",
-        ]
-    header = ["layers", f"{shallow}: ms", f"{deep}: ms", "µs a layer", "its arithmetic", "overhead µs"]
-    verdict = f"at most {worst * 1e6:.1f} µs of overhead a layer; wanted under {LAYER_LIMIT * 1e6:.0f}"
-    return Part("depth", header, rows, verdict, worst < LAYER_LIMIT, worst)
+        seconds = [_depth_seconds(layer, count, steps) for count in counts]
+        more = (counts[-1] - counts[0]) * len(layer)
+        grown, arithmetic = ((seconds[-1][i] - seconds[0][i]) / more for i in range(2))
+        worst = max(worst, grown - arithmetic)
+        steepest = max(steepest, slope([(count, ours) for count, (ours, _) in zip(counts, seconds, strict=True)]))
+        figures = (grown, arithmetic, grown - arithmetic)
+        rows.append([name, *(f"{ours * 1e3:.3f}" for ours, _ in seconds), *(f"{s * 1e6:.2f}" for s in figures)])
+    header = ["layers", *(f"{count}: ms" for count in counts), "µs a layer", "its arithmetic", "overhead µs"]
+    verdict = (
+        f"time grows with layers to the power {steepest:.2f}; wanted <= {SLOPE_LIMIT}; at most {worst * 1e6:.1f} µs of "
+        f"overhead a layer; wanted under {LAYER_LIMIT * 1e6:.0f}"
+    )
+    met = worst < LAYER_LIMIT and (quick or steepest <= SLOPE_LIMIT)
+    return Part("depth", header, rows, verdict, met, worst)
 
 
 def ranks(quick: bool = False) -> Part:
