@@ -5,9 +5,9 @@
 
 A validation loss of 1.62 in 3,000 steps, on 1 rank and on 2, a minute or so on one core; --hidden 256 --lr 0.01 gets
 below 1.60. The text (tiny Shakespeare, 1.1 MB) is read from --text or $DISTPROP_DATA/tinyshakespeare/input.txt; the
-first 90 % train, the rest validates. A window starts with no memory and gradients go back to its beginning; when text is written, the
-state goes on from character to character. After Andrej Karpathy, "The unreasonable effectiveness of recurrent neural
-networks", 2015.
+first 90 % train, the rest validates. A window starts with no memory and gradients go back to its beginning; when text
+is written, the state goes on from character to character. After Andrej Karpathy, "The unreasonable effectiveness of
+recurrent neural networks", 2015.
 """
 
 import argparse
