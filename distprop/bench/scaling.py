@@ -70,19 +70,19 @@ def batch_size(quick: bool = False) -> Part:
 
 
 def depth(quick: bool = False) -> Part:
-    """Python's share of a layer: time against depth with tiny matrices, less the same arithmetic in plain NumPy."""
+    """Python's share of a layer: time against depth with tiny matrices, less the same products in plain NumPy."""
     counts = (10, 50) if quick else (100, 300, 1000)
     steps = 5 if quick else 60
     rows, worst, steepest = [], 0.0, 0.0
     for name, layer in (("Linear", [_tiny_linear]), ("Linear, ReLU", [_tiny_linear, nn.ReLU])):
         seconds = [_depth_seconds(layer, count, steps) for count in counts]
         more = (counts[-1] - counts[0]) * len(layer)
-        grown, arithmetic = ((seconds[-1][i] - seconds[0][i]) / more for i in range(2))
-        worst = max(worst, grown - arithmetic)
+        grown, products = ((seconds[-1][i] - seconds[0][i]) / more for i in range(2))
+        worst = max(worst, grown - products)
         steepest = max(steepest, slope([(count, ours) for count, (ours, _) in zip(counts, seconds, strict=True)]))
-        figures = (grown, arithmetic, grown - arithmetic)
+        figures = (grown, products, grown - products)
         rows.append([name, *(f"{ours * 1e3:.3f}" for ours, _ in seconds), *(f"{s * 1e6:.2f}" for s in figures)])
-    header = ["layers", *(f"{count}: ms" for count in counts), "µs a layer", "its arithmetic", "overhead µs"]
+    header = ["layers", *(f"{count}: ms" for count in counts), "µs a layer", "its products", "overhead µs"]
     verdict = (
         f"time grows with layers to the power {steepest:.2f}; wanted <= {SLOPE_LIMIT}; at most {worst * 1e6:.1f} µs of "
         f"overhead a layer; wanted under {LAYER_LIMIT * 1e6:.0f}"
@@ -193,14 +193,12 @@ def _tiny_linear() -> nn.Linear:
 
 
 def _depth_seconds(layers: Sequence[Callable[[], nn.Module]], count: int, steps: int) -> tuple[float, float]:
-    """Median seconds of a step with `count` times these layers, and of the same arithmetic in plain NumPy."""
+    """Median seconds of a step with `count` times these layers, and of their products and maxima in plain NumPy."""
     model = nn.Sequential(*(layer() for _ in range(count) for layer in layers))
     parallel = DataParallel(model, verify_every=0)
     optimizer = optim.SGD(model.parameters(), lr=0.0)
     x = np.ones((_TINY, _TINY), np.float32)
-    weights = np.stack([np.eye(_TINY, dtype=np.float32)] * count)
-    biases = np.zeros((count, _TINY), np.float32)
-    grads = np.empty_like(weights), np.empty_like(biases)
+    weights, grads = np.stack([np.eye(_TINY, dtype=np.float32)] * count), np.empty((count, _TINY, _TINY), np.float32)
     times, plain = [], []
     for _ in range(steps + 2):
         began = time.perf_counter()
@@ -208,23 +206,21 @@ def _depth_seconds(layers: Sequence[Callable[[], nn.Module]], count: int, steps:
         parallel(x).mean().backward()
         optimizer.step()
         middle = time.perf_counter()
-        _plain_step(x, weights, biases, grads, relu=len(layers) > 1)
+        _plain_step(x, weights, grads, relu=len(layers) > 1)
         times.append(middle - began)
         plain.append(time.perf_counter() - middle)
     return statistics.median(times[2:]), statistics.median(plain[2:])
 
 
-def _plain_step(x: Array, weights: Array, biases: Array, grads: tuple[Array, Array], relu: bool) -> None:
+def _plain_step(x: Array, weights: Array, grads: Array, relu: bool) -> None:
     """Forward and backward through square layers as short as NumPy can say it."""
-    inputs, ones = [x], np.ones(len(x), x.dtype)
-    for weight, bias in zip(weights, biases, strict=True):
+    inputs = [x]
+    for weight in weights:
         y = inputs[-1] @ weight.T
-        y += bias
         inputs.append(np.maximum(y, 0, out=y) if relu else y)
     g = inputs.pop()
     for i in range(len(weights) - 1, -1, -1):
-        np.matmul(g.T, inputs[i], out=grads[0][i])
-        np.matmul(ones, g, out=grads[1][i])
+        np.matmul(g.T, inputs[i], out=grads[i])
         g = g @ weights[i]
         if relu:
             g *= inputs[i] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import compress
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from distprop.nn.module import Module
@@ -42,14 +41,13 @@ def decay_groups(
     model = getattr(parameters, "module", parameters)  # of DataParallel
     modules = model.modules() if isinstance(model, Module) else ()
     norms = {id(p) for module in modules if isinstance(module, LayerNorm | RMSNorm) for p in module.parameters()}
-    decaying = [parameter.ndim >= 2 and id(parameter) not in norms for parameter in several]
+    decaying: list[Parameter] = []
+    rest: list[Parameter] = []
+    for parameter in several:
+        (decaying if parameter.ndim >= 2 and id(parameter) not in norms else rest).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": list(compress(several, decaying)), "weight_decay": weight_decay},
-        {
-            "params": [p for p, decays in zip(several, decaying, strict=True) if not decays],
-            "weight_decay": 0.0,
-            **others,
-        },
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, **others},
     ]
     return [group for group in groups if group["params"]]
 
