@@ -378,7 +378,7 @@ def test_nor_is_that_of_a_long_sequence(shape, weight, options, torch, rng):
     expected.backward(torch.tensor(seed))
     assert_close(value.data, expected.detach().numpy(), 1e-5)
     for our, their in zip((x, w, b), theirs, strict=True):
-        assert_close(our.grad, their.grad.numpy(), 5e-5)  # sums of up to 200,000 products in another order
+        assert_close(our.grad, their.grad.numpy(), 1e-5)  # sums of up to 200,000 products in another order
 
 
 def test_one_tensor_as_image_and_kernel(rng):
@@ -447,7 +447,7 @@ def test_conv1d_says_what_is_wrong():
         F.conv1d(np.zeros((2, 3, 5, 6)), np.zeros((4, 3, 2)))
     with pytest.raises(ValueError, match=r"conv1d: stride must be one integer, 1 or more, got \(1, 2\)"):
         F.conv1d(np.zeros((2, 3, 5)), np.zeros((4, 3, 2)), stride=(1, 2))
-    with pytest.raises(ValueError, match=r"x of shape \(2, 3, 5\).* 1 by 5, less than the 1 by 6"):
+    with pytest.raises(ValueError, match=r"x of shape \(2, 3, 5\).* 5 by 1, less than the 6 by 1"):
         F.conv1d(np.zeros((2, 3, 5)), np.zeros((4, 3, 6)))
 
 

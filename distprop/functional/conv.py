@@ -16,10 +16,6 @@ from distprop.functional.windows import Window, channels_last, channels_second
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
-LONG_BYTES = (
-    4 << 20
-)  # of a sequence's windows; a longer sequence is a column of pixels, for blocks cut columns, not rows
-
 
 def conv2d(
     input: Operand,
@@ -134,26 +130,23 @@ def _convolution(
     x, w, b = _operands(operation, input, weight, bias)
     _check_channels(operation, x, w, groups, axes)
     _check_bias(operation, b, w.shape[0])
-    kernel = w.data if axes == 2 else w.data[:, :, None]
+    kernel = w.data if axes == 2 else w.data[..., None]
     window = convolution_window(operation, x.shape, (kernel.shape[2], kernel.shape[3]), stride, padding, dilation)
     images = channels_last(x.data)
-    shape, output = images.shape, window.output
-    if axes == 1 and output[1] * kernel[0].nbytes > LONG_BYTES:
-        images, kernel, window = images.swapaxes(1, 2), kernel.swapaxes(2, 3), window.transposed()
     value = grouped.correlate(images, kernel, None if b is None else b.data, window, groups)
     inputs = (x, w) if b is None else (x, w, b)
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
-        g = channels_last(grad).reshape(value.shape)
+        g = channels_last(grad)
         dx, dw = _gradients(images, g, kernel, window, groups, x.requires_grad, w.requires_grad)
         db = None if b is None or not b.requires_grad else _bias_gradient(g, out[2])
         return [
-            None if dx is None else channels_second(dx.reshape(shape), x.ndim),
-            None if dw is None else _written(dw.reshape(w.shape), out[1]),
+            None if dx is None else channels_second(dx, x.ndim),
+            None if dw is None else _written(dw if axes == 2 else dw[..., 0], out[1]),
             db,
         ][: len(inputs)]
 
-    return record(channels_second(value.reshape(len(value), *output, len(w.data)), x.ndim), inputs, vjp)
+    return record(channels_second(value, x.ndim), inputs, vjp)
 
 
 def _gradients(

@@ -1,6 +1,6 @@
 """Kernel sizes, strides and paddings: how the user's numbers become the windows of `distprop.functional.windows`.
 
-Everything is checked here, before anything is computed. A pair is (height, width); a length counts as one row.
+Everything is checked here, before anything is computed. A pair is (height, width); a length counts as one column.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Size: TypeAlias = int | Sequence[int]
 
 
 def pair(operation: str, name: str, value: int | Sequence[int | None], least: int, axes: int = 2) -> Pair:
-    """One integer for both axes or one for each, none below `least`; for `axes` 1 the height's is `least`.
+    """One integer for both axes or one for each, none below `least`; for `axes` 1 the width's is `least`.
 
     Raises:
         TypeError: not integers.
@@ -34,7 +34,7 @@ def pair(operation: str, name: str, value: int | Sequence[int | None], least: in
         raise ValueError(
             f"{operation}: {name} must be one integer{' or two' if axes == 2 else ''}, {least} or more, got {value!r}"
         )
-    return (numbers[0], numbers[1]) if axes == 2 else (least, numbers[0])
+    return (numbers[0], numbers[1]) if axes == 2 else (numbers[0], least)
 
 
 def convolution_window(
@@ -51,7 +51,7 @@ def convolution_window(
         ValueError: the kernel is larger than the padded image, or padding "same" with a stride.
     """
     axes = len(shape) - 2
-    size = (shape[2], shape[3]) if axes == 2 else (1, shape[2])
+    size = (shape[2], shape[3]) if axes == 2 else (shape[2], 1)
     strides, dilations = (
         pair(operation, name, value, 1, axes) for name, value in (("stride", stride), ("dilation", dilation))
     )

@@ -54,10 +54,6 @@ class Window:
         """Whether a window is one pixel and the windows are side by side."""
         return self.kernel == (1, 1) and self.stride == (1, 1)
 
-    def transposed(self) -> Window:
-        """With rows and columns exchanged."""
-        return Window(*(pair[::-1] for pair in (self.kernel, self.stride, self.dilation, self.padding, self.output)))
-
     def turned_round(self, size: Pair) -> Window:
         """Without stride: the windows of y that the pixels of an image of `size` see, the kernel turned by 180°."""
         (height, width), padding = self.extent, self.padding
@@ -75,14 +71,14 @@ class Window:
 def channels_last(x: Array) -> Array:
     """`(batch, channels, height, width)` or `(batch, channels, length)` as a contiguous array with channels last.
 
-    Costs nothing where the memory already is; a length becomes one row.
+    Costs nothing where the memory already is; a length becomes one column, which blocks can cut.
     """
-    return np.ascontiguousarray(x[:, :, None].transpose(0, 2, 3, 1) if x.ndim == 3 else x.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray((x if x.ndim == 4 else x[..., None]).transpose(0, 2, 3, 1))
 
 
 def channels_second(y: Array, ndim: int = 4) -> Array:
     """The opposite of `channels_last`: a view with the user's order of axes."""
-    return y.transpose(0, 3, 1, 2) if ndim == 4 else y[:, 0].transpose(0, 2, 1)
+    return y.transpose(0, 3, 1, 2) if ndim == 4 else y[:, :, 0].transpose(0, 2, 1)
 
 
 def blocks(batch: int, size: Pair, positions: int) -> Iterator[Where]:

@@ -79,10 +79,10 @@ class Conv1d(Module):
     ) -> None:
         _check_channels("Conv1d", in_channels, out_channels, groups)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("Conv1d", "kernel_size", kernel_size, 1, axes=1)[1:]
-        self.stride = pair("Conv1d", "stride", stride, 1, axes=1)[1:]
-        self.dilation = pair("Conv1d", "dilation", dilation, 1, axes=1)[1:]
-        self.padding = padding if isinstance(padding, str) else pair("Conv1d", "padding", padding, 0, axes=1)[1:]
+        self.kernel_size = pair("Conv1d", "kernel_size", kernel_size, 1, axes=1)[:1]
+        self.stride = pair("Conv1d", "stride", stride, 1, axes=1)[:1]
+        self.dilation = pair("Conv1d", "dilation", dilation, 1, axes=1)[:1]
+        self.padding = padding if isinstance(padding, str) else pair("Conv1d", "padding", padding, 0, axes=1)[:1]
         _check_padding("Conv1d", self.padding, self.stride)
         self.weight, self.bias = _first(
             (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
