@@ -14,8 +14,8 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -115,30 +115,35 @@ def compare_network(name: str, steps: int, rounds: int, quick: bool, no_compile:
     fused = {"fused": True} if alone.get("fused") else {}
     variants = [{**layout, **fused, **more} for layout in layouts for more in ({}, {"bucket_view": True})]
     together = fastest(name, steps, rounds, 2, variants[:1] if quick else variants)
+    compiled: dict[str, Program] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:  # a compiler may still be writing
+        for number, layout in enumerate([] if no_compile else layouts):
+            job = {"network": name, "variant": {**layout, **fused, "compile": True}}
+            cache = str(Path(caches, str(number)))  # an empty one
+            compiled[f"compiled{number}"] = Program("torch", 1, job, TORCHINDUCTOR_CACHE_DIR=cache)
         programs = {
             "torch1": Program("torch", 1, {"network": name, "variant": alone}),
             "distprop1": Program("distprop", 1, {"network": name}),
             "torch2": Program("torch", 2, {"network": name, "variant": together}),
             "distprop2": Program("distprop", 2, {"network": name}),
         }
-        for number, layout in enumerate([] if no_compile else layouts):
-            job = {"network": name, "variant": {**layout, **fused, "compile": True}}
-            cache = str(Path(caches, str(number)))  # an empty one
-            programs[f"compiled{number}"] = Program("torch", 1, job, TORCHINDUCTOR_CACHE_DIR=cache)
-        result = in_turns(programs, steps, rounds)
+        result = in_turns(programs | compiled, steps, rounds, may_fail=compiled)
     result["torch1"]["variant"], result["torch2"]["variant"] = alone, together
     if name == START_NETWORK and not quick:
-        for key, library, job in (("torch2", "torch", {"variant": together}), ("distprop2", "distprop", {})):
-            starts = [result[key]["first_step_seconds"]]
-            for _ in range(STARTS - 1):
-                with Program(library, 2, {"network": name, **job}) as program:
-                    starts.append(program.first["first_step_seconds"])
-            result[key]["first_step_seconds"] = statistics.median(starts)
-    compiled = [result.pop(key) for key in programs if key.startswith("compiled")]
+        result["torch2"]["first_step_seconds"] = median_start("torch", {"network": name, "variant": together})
+        result["distprop2"]["first_step_seconds"] = median_start("distprop", {"network": name})
     if compiled:
-        result["compiled"] = min(compiled, key=median_step)
+        result["compiled"] = min((result.pop(key) for key in compiled), key=median_step)
     return result
+
+
+def median_start(library: str, job: dict[str, Any]) -> float:
+    """Seconds from the command to the first step on two ranks."""
+    starts = []
+    for _ in range(STARTS):
+        with Program(library, 2, job) as program:
+            starts.append(program.first["first_step_seconds"])
+    return statistics.median(starts)
 
 
 def fastest(name: str, steps: int, rounds: int, ranks: int, variants: list[dict[str, bool]]) -> dict[str, bool]:
@@ -153,34 +158,29 @@ def fastest(name: str, steps: int, rounds: int, ranks: int, variants: list[dict[
     return variants[int(min(figures, key=lambda number: median_step(figures[number])))]
 
 
-def in_turns(programs: dict[str, Program], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+def in_turns(
+    programs: dict[str, Program], steps: int, rounds: int, may_fail: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """What each program measured at its first steps, and in turns seconds of a step and of its products.
 
-    {"error": ...} for a compiled one that cannot run.
+    {"error": ...} for one that fails although it `may_fail`.
     """
     figures: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        for key, program in programs.items():
-            with may_fail(key, figures):
-                figures[key] = {**stack.enter_context(program).first, "steps_in_turns": [], "products_in_turns": []}
-        for _ in range(rounds):
+        for turn in range(rounds + 1):  # the first is the start
             for key, program in programs.items():
-                for what in ("steps", "products") if key in WITH_PRODUCTS else ("steps",):
-                    if "error" not in figures[key]:
-                        with may_fail(key, figures):
+                try:
+                    if turn == 0:
+                        first = stack.enter_context(program).first
+                        figures[key] = {**first, "steps_in_turns": [], "products_in_turns": []}
+                    elif "error" not in figures[key]:
+                        for what in ("steps", "products") if key in WITH_PRODUCTS else ("steps",):
                             figures[key][f"{what}_in_turns"].append(program.turn(what, steps))
+                except ProgramError as error:
+                    if key not in may_fail:
+                        raise
+                    figures[key] = {"error": error.last_line}
     return figures
-
-
-@contextmanager
-def may_fail(key: str, figures: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """A compiled program that fails has its error for its figures."""
-    try:
-        yield
-    except ProgramError as error:
-        if not key.startswith("compiled"):
-            raise
-        figures[key] = {"error": error.last_line}
 
 
 def median_step(figures: dict[str, Any]) -> float:

@@ -177,7 +177,7 @@ def test_a_compiled_program_may_fail_and_another_one_not(program: Any) -> None:
         "compiled0": program("dies in its turn"),
         "compiled1": program("dies at the start"),
     }
-    figures = compare.in_turns(two, steps=1, rounds=2)
+    figures = compare.in_turns(two, steps=1, rounds=2, may_fail=("compiled0", "compiled1"))
     assert figures["torch1"]["steps_in_turns"] == figures["torch1"]["products_in_turns"] == [0.5, 0.5]
     assert figures["compiled0"] == {"error": "RuntimeError: out of luck"}
     assert figures["compiled1"] == {"error": "ValueError: no such network"}
