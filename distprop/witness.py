@@ -1,56 +1,69 @@
 """What `distprop run` can say of a rank that died without a word: which one was first, and what it was doing.
 
-MPI launchers end all ranks when one is killed, so that in the end all are dead. The kernel reports deaths in their
-order, and the dead rank's flight record is still there.
+MPI launchers end all ranks when one is killed, so that in the end all are dead. Each rank keeps a connection to the
+launcher; the kernel closes it as it ends the rank and tells so in the order of the deaths. The dead rank's flight
+record is still there.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import select
 import shutil
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
 from distprop.comm import recorder
-from distprop.comm.recorder import FOLDER_VARIABLE, OWNED
+from distprop.comm.recorder import FOLDER_VARIABLE, LAUNCHER, Snapshot
 
 
 class Witness:
-    """Watches the ranks of this host whose records are in its folder; `environment` tells them where that is."""
+    """Watches the ranks of this host whose records are in its folder; `environment` tells them where that is.
+
+    A process's own handle (pidfd) would tell the order too late: Hydra (MPICH 5.0) sees that its pipes to a rank are
+    closed, and kills the others, before the rank counts as dead. But Linux closes the file opened last first, and a
+    rank connects to here after MPI has started.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="distprop-", dir=recorder.memory_folder()))
-        (self.folder / OWNED).touch()
         self.environment = {FOLDER_VARIABLE: str(self.folder)}
-        self._exits = select.epoll() if hasattr(select, "epoll") and hasattr(os, "pidfd_open") else None
-        self._handles: dict[int, int] = {}  # of a process: its rank
+        self._door = socket.socket(socket.AF_UNIX)
+        self._door.bind(str(self.folder / LAUNCHER))
+        self._door.listen(4096)
+        self._door.setblocking(False)
+        self._ends = select.epoll() if hasattr(select, "epoll") else None  # elsewhere nothing tells the order
+        self._ranks: dict[int, socket.socket] = {}  # by its number: the connection to a rank
         self._dead: list[int] = []  # ranks in the order of their deaths
 
     def look(self) -> None:
         """Take note of ranks that have started since, and of those that have ended."""
-        if self._exits is None:
+        if self._ends is None:
             return
-        self._dead += [self._handles[handle] for handle, _ in self._exits.poll(0)]  # they come in their order
-        known = {*self._handles.values(), *self._dead}
-        missed = []
-        for snapshot in recorder.records(str(self.folder)):
-            if snapshot.rank not in known:
-                try:
-                    handle = os.pidfd_open(snapshot.process)
-                except OSError:  # it has lived for less than the time between two looks
-                    missed.append(snapshot)
-                    continue
-                self._handles[handle] = snapshot.rank
-                self._exits.register(handle, select.EPOLLIN | select.EPOLLONESHOT)
-        missed.sort(key=lambda snapshot: (snapshot.sequence, snapshot.inside))  # the others wait for the first one
-        self._dead += [snapshot.rank for snapshot in missed]
+        self._dead += self._ended()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                rank, _ = self._door.accept()
+                self._ranks[rank.fileno()] = rank
+                self._ends.register(rank, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        unseen = self._ended()  # in less than the time between two looks; the others wait for the first one
+        snapshots = self._snapshots()
+        self._dead += sorted(unseen, key=lambda rank: (snapshots[rank].sequence, snapshots[rank].inside))
+
+    def _ended(self) -> list[int]:
+        """Ranks whose ends have come since, in their order."""
+        assert self._ends is not None
+        return [int(self._ranks[number].recv(16)) for number, _ in self._ends.poll(0)]
+
+    def _snapshots(self) -> dict[int, Snapshot]:
+        return {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
 
     def report(self, status: int) -> str:
         """Why the job ended with `status`, if no rank has said it: the first death and its place."""
         self.look()
-        snapshots = {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
+        snapshots = self._snapshots()
         if not self._dead or any(snapshot.spoken for snapshot in snapshots.values()):
             return ""
         first = snapshots[self._dead[0]]
@@ -58,10 +71,10 @@ class Witness:
 
     def close(self) -> None:
         """Remove the folder."""
-        for handle in self._handles:
-            os.close(handle)
-        if self._exits is not None:
-            self._exits.close()
+        for connection in (self._door, *self._ranks.values()):
+            connection.close()
+        if self._ends is not None:
+            self._ends.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ START, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKP
 RING = 16  # collectives that are kept
 SHOWN = 6  # of them in a report
 FOLDER_VARIABLE = "DISTPROP_RECORDS"  # where `distprop run` wants the files of its host
-OWNED = "launcher"  # a file there, by which a rank knows that the folder will be removed
+LAUNCHER = "launcher"  # its socket there, to which a rank stays connected until it ends; it will remove the folder
 
 _HEADER = struct.Struct("<8sqqq64s")  # magic, rank, size, process, host
 _SPOKEN = struct.Struct("<q")
@@ -113,11 +114,13 @@ class Record:
         ]
         self.hosts = [name for name, _ in messages]
         given = os.environ.get(FOLDER_VARIABLE, "")
-        owned = os.path.exists(os.path.join(given, OWNED))
+        owned = bool(given) and os.path.exists(os.path.join(given, LAUNCHER))
         folder = given if owned else os.path.join(memory_folder(), f"distprop-{messages[0][1]}")
         with contextlib.suppress(OSError):  # then the record stays with this process, and only its own report has it
             os.makedirs(folder, exist_ok=True)
             self._move(os.path.join(folder, f"rank-{comm.rank}"), host)
+            if owned:
+                self._stay_connected(os.path.join(folder, LAUNCHER))
         comm.barrier()
         for rank in range(comm.size):
             if self.hosts[rank] == host and rank != comm.rank:
@@ -134,6 +137,13 @@ class Record:
         with open(path, "xb") as file:
             file.write(self.memory)
         self.memory = _map(path)
+
+    def _stay_connected(self, launcher: str) -> None:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(launcher)
+        connection.send(str(self.rank).encode())
+        handle = connection.detach()  # the kernel closes it with this process
+        os.register_at_fork(after_in_child=functools.partial(os.close, handle))  # a child may outlive its rank
 
 
 here = Record()
