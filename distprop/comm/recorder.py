@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,6 +138,8 @@ class Record:
         self.memory = _map(path)
 
     def _stay_connected(self, launcher: str) -> None:
+        import socket  # not on every import of the package
+
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(launcher)
         connection.send(str(self.rank).encode())
