@@ -7,7 +7,7 @@ from the front. Behind the gradients lie a few spare numbers, the control lane: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,20 @@ from distprop.tape import Array
 from distprop.tensor import Parameter
 
 LANE_LENGTH = 16  # numbers behind the gradients
+_LINE_BYTES = 64  # of the cache
+
+
+class Sharers(Protocol):
+    """Ranks that see the same memory, such as `distprop.comm.node.Node`; this one has the number `rank` of `size`."""
+
+    rank: int
+    size: int
+
+    def allocate_common(self, length: int, dtype: Any) -> Array | None:
+        """One array of zeros `(length,)` for all; None if there is none to be had. All call it."""
+
+    def barrier(self) -> None:
+        """Wait for all."""
 
 
 class FlatBuffer:
@@ -29,6 +43,7 @@ class FlatBuffer:
         extra: room for other numbers that travel with the gradients, `(extra,)`.
         lane: the control lane, `(LANE_LENGTH,)`.
         message: gradients, extra and lane, one block of memory.
+        sharers: the ranks that have one `data` between them, after `share`; else None.
 
     Raises:
         TypeError: the parameters have different dtypes.
@@ -47,19 +62,56 @@ class FlatBuffer:
         self.data: Array = np.empty(size, dtypes[0])
         self.message: Array = allocate(size + extra + LANE_LENGTH, dtypes[0])
         self.grad, self.extra, self.lane = np.split(self.message, [size, size + extra])
+        self.sharers: Sharers | None = None
         self._starts: dict[int, int] = {}
         start = 0
         for parameter in self.parameters:
-            stop = start + parameter.data.size
             self._starts[id(parameter)] = start
-            shape = parameter.shape
-            parameter.place_in(self, self.data[start:stop].reshape(shape), self.grad[start:stop].reshape(shape))
-            start = stop
+            start += parameter.data.size
+        self._place()
 
     def span(self, parameter: Parameter) -> tuple[int, int]:
         """Where `parameter` lies: (start, stop)."""
         start = self._starts[id(parameter)]
         return start, start + parameter.data.size
+
+    def share(self, sharers: Sharers, common: Array) -> None:
+        """Keep the values in `common`, `(size,)`, which all `sharers` see; now they are the same on each of them.
+
+        From now on each of them changes only its `own` part, between two barriers.
+        """
+        self.data, self.sharers = common, sharers
+        self._place()
+
+    @property
+    def own(self) -> slice:
+        """The part of `data` that this rank updates: all of it, or one of nearly equal slices for the sharers."""
+        size = self.data.size
+        if self.sharers is None:
+            return slice(0, size)
+        line = _LINE_BYTES // self.data.itemsize  # two ranks would fight for one
+        start, stop = (size * n // self.sharers.size // line * line for n in (self.sharers.rank, self.sharers.rank + 1))
+        return slice(start, size if self.sharers.rank + 1 == self.sharers.size else stop)
+
+    def allocate_like_data(self, size: int) -> Array:
+        """Memory `(size,)` for what is updated together with the values; the sharers have one, and all call this.
+
+        Raises:
+            MemoryError: there is no shared memory left.
+        """
+        if self.sharers is None:
+            return np.empty(size, self.data.dtype)
+        common = self.sharers.allocate_common(size, self.data.dtype)
+        if common is None:
+            raise MemoryError(f"there are no {size * self.data.itemsize:,} bytes of shared memory (/dev/shm) to be had")
+        return common
+
+    def _place(self) -> None:
+        for parameter in self.parameters:
+            place = slice(*self.span(parameter))
+            parameter.place_in(
+                self, self.data[place].reshape(parameter.shape), self.grad[place].reshape(parameter.shape)
+            )
 
     def holds(self, parameters: Iterable[Parameter]) -> bool:
         """Whether all of `parameters` still live here; a change of dtype or shape makes one leave."""

@@ -77,6 +77,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     deterministic: bool = False  # the same bits on any number of ranks
     shards: Count = 8
     wire: Literal["bf16", "fp16"] | None = None  # 16 bits between nodes; float32 by default
+    sharded_update: bool = False  # one copy of the parameters a node, each rank updates its slice
     run_dir: str | None = None  # runs/<name of the file> by default
     checkpoint_every: Count | None = None  # steps
     health: bool | Annotated[int, msgspec.Meta(ge=0)] = True  # steps between looks at gradients and units; true is 50

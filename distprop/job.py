@@ -90,6 +90,7 @@ class Task:
             deterministic=train.deterministic,
             shards=train.shards,
             wire=train.wire,
+            sharded_update=train.sharded_update,
             accumulate=train.accumulate,
             prefetch=train.prefetch,
             clip_norm=train.clip_norm,

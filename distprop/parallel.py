@@ -84,6 +84,10 @@ class DataParallel:
             on any number of ranks; `Trainer(deterministic=True)` drives it: see `end_shard`.
         wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, half the bytes, with error feedback (see
             `distprop.comm.wire`); None for float32. Within a node nothing is rounded. Not with `shards`.
+        sharded_update: the ranks of a node have one copy of the parameters and of the optimizer's state between them,
+            each updates its slice, and `optimizer.step()` is collective. Then parameters must be changed by nobody else
+            while another rank may read them: what changes them by hand, once a rank, goes between two barriers, once a
+            node.
         passengers: what else travels with the gradients; `send` is for a few numbers, this for hundreds.
 
     Raises:
@@ -102,6 +106,7 @@ class DataParallel:
         verify_every: int = 100,
         shards: int | None = None,
         wire: Literal["bf16", "fp16"] | None = None,
+        sharded_update: bool = False,
         passengers: Passengers | None = None,
     ) -> None:
         if wire is not None and shards is not None:
@@ -128,7 +133,7 @@ class DataParallel:
         compare_layout(module, self.comm)
         self._statistics = RunningStatistics(module)
         self._passengers = passengers
-        self.wire, self.shards = wire, shards
+        self.wire, self.shards, self.sharded_update = wire, shards, sharded_update
         self._place_parameters()
         self._tree: FixedTree | None = None
         if shards is not None:
@@ -136,6 +141,7 @@ class DataParallel:
         self._pace = Pace()
         self.reductions = 0  # made so far; after a resume those before it count as well
         self._broadcast()
+        self._share_parameters()
         self.verify()
         self._sending: dict[str, float] = {}
         self._syncing = True
@@ -260,6 +266,7 @@ class DataParallel:
         """The weight of a backward pass over `examples` that is about to start."""
         if not self._buffer.holds(self._trained):
             self._place_parameters()
+            self._share_parameters()
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -393,6 +400,19 @@ class DataParallel:
         self._sum = MessageSum(
             self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
         )
+
+    def _share_parameters(self) -> None:
+        """The values are the same on all ranks: one copy a node will do, if it is wanted. On all nodes or on none."""
+        node, buffer = self.comm.node, self._buffer
+        if not self.sharded_update or node is None:
+            return
+        common = node.allocate_common(buffer.data.size, buffer.data.dtype)
+        if b"" in self.comm.allgather(b"" if common is None else b"shared"):
+            if self.comm.rank == 0:
+                what = "there is no shared memory for one copy of the parameters; each rank keeps its own"
+                print(f"distprop: {what}", file=sys.stderr, flush=True)
+        elif common is not None:
+            buffer.share(node, common)
 
     def _broadcast(self) -> None:
         self.comm.broadcast(self._buffer.data)

@@ -71,6 +71,8 @@ class Trainer:
             the batch and `shards` alone. More ranks than shards would have nothing to do.
         wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, with error feedback; see `DataParallel`.
             Not with `deterministic`. What rounding has left over is not part of a checkpoint.
+        sharded_update: have one copy of the parameters and of the optimizer's state a node, of which each rank updates
+            its slice; the bits are the same. For callbacks that only read parameters; see `DataParallel`.
         accumulate: cut each rank's share into so many pieces, one after the other, to save memory for the same update.
         clip_norm: clip the global gradient norm to this.
         prefetch: load so many batches ahead in a background thread. It pays where loading waits for a disk, or where a
@@ -116,6 +118,7 @@ class Trainer:
         deterministic: bool = False,
         shards: int = 8,
         wire: Literal["bf16", "fp16"] | None = None,
+        sharded_update: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
         prefetch: int = 0,
@@ -160,7 +163,9 @@ class Trainer:
         self._health = Health(model, self.comm, EVERY if health is True else int(health), accumulate)
         self.verdicts: list[Verdict] = []  # what was wrong so far
         self._diagnosis = Diagnosis(clipped=clip_norm is not None)
-        self.parallel = DataParallel(model, self.comm, shards=self.shards, wire=wire, passengers=self._health)
+        self.parallel = DataParallel(
+            model, self.comm, shards=self.shards, wire=wire, sharded_update=sharded_update, passengers=self._health
+        )
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
         self._prefetch = prefetch
         self.run_dir = _path(run_dir) if run_dir is not None else None

@@ -120,7 +120,7 @@ class ExponentialMovingAverage:
             data, _ = flat_views(parameters, stretch)
             average = self._state.along(stretch, ("average",))["average"]
             scratch = np.empty(CHUNK_BYTES // data.itemsize, data.dtype)
-            for piece in pieces(data.size, scratch.size):
+            for piece in pieces(slice(0, data.size), scratch.size):
                 yield data[piece], average[piece], scratch[: piece.stop - piece.start]
 
     def _refuse_swapped(self, call: str) -> None:

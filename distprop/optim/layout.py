@@ -104,7 +104,8 @@ class FlatState:
             parameter, before, self.arrays[i] = self.parameters[i], self.arrays[i], {}
             for name in own_names:
                 if (buffer, name) not in flat:
-                    flat[buffer, name] = np.empty(sizes[buffer, name], parameter.dtype)
+                    assert isinstance(buffer, FlatBuffer)
+                    flat[buffer, name] = buffer.allocate_like_data(sizes[buffer, name])
                 view = flat[buffer, name][starts[i, name] :][: parameter.data.size]
                 view[...] = before[name] if name in before else initial(i, name)
                 self.arrays[i][name] = view
@@ -165,16 +166,26 @@ def flat_views(parameters: Sequence[Parameter], stretch: Sequence[int]) -> tuple
     return buffer.data[whole], buffer.grad[whole]
 
 
-def chunks_of(
-    data: Array, grad: Array, state: dict[str, Array], scratch: Array, parts: Sequence[tuple[int, float]]
-) -> list[Chunk]:
-    """A stretch in pieces of at most the length of `scratch`, (2, length).
+def own_part(parameters: Sequence[Parameter], stretch: Sequence[int], whole: bool) -> slice:
+    """Which numbers of a stretch this rank updates; of a `whole` one all or none, where ranks share the values."""
+    buffer = parameters[stretch[0]].buffer
+    assert isinstance(buffer, FlatBuffer)
+    start, stop, own = _span(parameters[stretch[0]])[0], _span(parameters[stretch[-1]])[1], buffer.own
+    if whole:
+        return slice(0, stop - start if own.start <= start < own.stop else 0)
+    return slice(max(0, own.start - start), max(0, min(stop, own.stop) - start))
 
-    `parts` are the sizes of the parameters in it, each with its weight decay.
+
+def chunks_of(
+    data: Array, grad: Array, state: dict[str, Array], scratch: Array, parts: Sequence[tuple[int, float]], own: slice
+) -> list[Chunk]:
+    """The `own` part of a stretch in pieces of at most the length of `scratch`, (2, length).
+
+    `parts` are the sizes of the parameters in the stretch, each with its weight decay.
     """
     ends = list(accumulate(size for size, _ in parts))
     made: list[Chunk] = []
-    for piece in pieces(data.size, scratch.shape[1]):
+    for piece in pieces(own, scratch.shape[1]):
         views = (
             data[piece],
             grad[piece],
@@ -198,10 +209,10 @@ def chunks_of(
     return made
 
 
-def pieces(size: int, length: int) -> Iterator[slice]:
-    """0 to `size` in slices of `length`."""
-    for start in range(0, size, length):
-        yield slice(start, min(start + length, size))
+def pieces(whole: slice, length: int) -> Iterator[slice]:
+    """`whole` in slices of `length`."""
+    for start in range(whole.start, whole.stop, length):
+        yield slice(start, min(start + length, whole.stop))
 
 
 def _span(parameter: Parameter) -> tuple[int, int]:

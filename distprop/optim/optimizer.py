@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from distprop.buffer import fill_missing
+from distprop.buffer import FlatBuffer, Sharers, fill_missing
 from distprop.optim.groups import ParameterGroups, filled_groups
 from distprop.optim.layout import (
     CHUNK_BYTES,
@@ -21,6 +21,7 @@ from distprop.optim.layout import (
     flat_views,
     give_buffers,
     memory_order,
+    own_part,
     stretches,
 )
 from distprop.optim.state import key_problems, loaded_arrays, loaded_groups, own_state
@@ -57,6 +58,7 @@ class Optimizer:
         self._frozen: list[int] = []
         self._laid_out_for: object = None
         self._plan: dict[tuple[int, int], list[list[Chunk]]] = {}
+        self._sharers: set[Sharers] = set()
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -79,14 +81,19 @@ class Optimizer:
             parameter.grad = None
 
     def step(self) -> None:
-        """Update every parameter from its gradient."""
+        """Update every parameter from its gradient.
+
+        Where the ranks of a node share the parameters, each updates its slice, and all of them call this.
+        """
         self._lay_out()
         fill_missing(self._members)
+        self._meet()  # nobody reads the parameters any more
         for (number, missed), of_this_kind in self._plan.items():
             group = self.param_groups[number]
             options = {**group, "lr": self.rate(group), "step": self.steps + 1 - missed}
             for chunks in of_this_kind:
                 self._update_stretch(chunks, options)
+        self._meet()  # all slices are there
         for i in self._frozen:
             self._missed[i] += 1
         self.steps += 1
@@ -162,6 +169,11 @@ class Optimizer:
         """Whether a stretch must be one whole parameter."""
         return False
 
+    def _meet(self) -> None:
+        """Wait for the ranks that share the parameters, if there are any."""
+        for sharers in self._sharers:
+            sharers.barrier()
+
     def _lay_out(self) -> None:
         """See where the parameters lie; cut anew only if they moved (into a buffer), were frozen, or options changed.
 
@@ -190,16 +202,21 @@ class Optimizer:
         )
         alone = [self._layerwise(group) for group in groups]
         kind = [(numbers[n], self._missed[i], i if alone[n] else None) for i, n in enumerate(group_of)]
+        buffers = {parameter.buffer for parameter in parameters if isinstance(parameter.buffer, FlatBuffer)}
+        self._sharers = {buffer.sharers for buffer in buffers if buffer.sharers is not None}
         self._plan = {}
         scratch: dict[np.dtype[Any], Array] = {}
         for stretch in stretches(parameters, [i for i in order if parameters[i].requires_grad], kind):
-            number, missed, _ = kind[stretch[0]]
+            number, missed, single = kind[stretch[0]]
             data, grad = flat_views(parameters, stretch)
             if data.dtype not in scratch:
                 scratch[data.dtype] = np.empty((2, CHUNK_BYTES // data.itemsize), data.dtype)
             parts = [(parameters[i].data.size, decays[group_of[i]]) for i in stretch]
             state = self._state.along(stretch, names[number])
-            chunks = chunks_of(data, grad, state, scratch[data.dtype], parts)
+            own = own_part(parameters, stretch, whole=single is not None)
+            if own.start >= own.stop:
+                continue
+            chunks = chunks_of(data, grad, state, scratch[data.dtype], parts, own)
             self._plan.setdefault((number, missed), []).append(chunks)
 
 
