@@ -116,6 +116,28 @@ def parameters_may_be_frozen_for_a_while(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def an_average_of_the_weights_is_the_same(comm: Communicator) -> None:
+    results = []
+    for sharded in (False, True):
+        training = Training(comm, "SGD", sharded)
+        average = optim.ExponentialMovingAverage(training.model.parameters(), decay=0.9)
+        for _ in range(STEPS):
+            training.train(1)
+            average.update()
+        state = {name: array.copy() for name, array in average.state_dict()["arrays"].items()}
+        average.load_state_dict({"updates": 3, "arrays": {name: array * 2 for name, array in state.items()}})
+        average.update()
+        with average.averaged():
+            swapped = {name: array.copy() for name, array in training.model.state_dict().items()}
+            comm.barrier()
+        results.append((training, state, swapped))
+    assert_same(results[0][0], results[1][0])
+    for part in (1, 2):
+        for name, array in results[0][part].items():
+            np.testing.assert_array_equal(results[1][part][name], array)
+
+
+@suite.scenario()
 def it_goes_with_deterministic_shards(comm: Communicator) -> None:
     results = []
     for sharded in (False, True):

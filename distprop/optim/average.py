@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from distprop.optim.layout import CHUNK_BYTES, FlatState, flat_views, give_buffers, memory_order, pieces, stretches
+from distprop.optim.layout import (
+    CHUNK_BYTES,
+    FlatState,
+    flat_views,
+    give_buffers,
+    meet,
+    memory_order,
+    own_part,
+    pieces,
+    sharers_of,
+    stretches,
+)
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
@@ -24,7 +35,9 @@ class ExponentialMovingAverage:
     ...     output = model(np.ones((2, 3), np.float32))
 
     The same as PyTorch's `AveragedModel` with `get_ema_multi_avg_fn(decay)`, but it averages parameters only, in place
-    and without a second model. Every rank has the same weights, so every rank has the same average.
+    and without a second model. Every rank has the same weights, so every rank has the same average. Where the ranks of
+    a node share the parameters (`DataParallel(sharded_update=True)`), they share the average too, and all of them call
+    `update()` and enter and leave `averaged()`.
 
     Raises:
         ValueError: decay is not between 0 and 1, or there are no parameters.
@@ -72,8 +85,8 @@ class ExponentialMovingAverage:
     def state_dict(self) -> dict[str, Any]:
         """The number of "updates", and "arrays": the averages by the parameters' numbers, views and not copies."""
         self._refuse_swapped("state_dict()")
-        for _ in self._chunks():
-            break  # the first look takes over the weights
+        if not self._state.arrays[0]:
+            self._arrange()
         arrays = {
             str(i): own["average"].reshape(parameter.shape)
             for i, (own, parameter) in enumerate(zip(self._state.arrays, self._parameters, strict=True))
@@ -110,18 +123,27 @@ class ExponentialMovingAverage:
             a[...] = scratch
 
     def _chunks(self) -> Iterator[tuple[Array, Array, Array]]:
-        """Values, averages and scratch in pieces that stay in the cache."""
+        """Values, averages and scratch of this rank's part, in pieces that stay in the cache."""
         parameters = self._parameters
-        give_buffers(parameters)
-        order = memory_order(parameters)
-        names = [("average",)] * len(parameters)
-        self._state.arrange(order, names, lambda i, name: parameters[i].data.reshape(-1))
+        order, names = self._arrange()
+        sharers = sharers_of(parameters)
+        meet(sharers)
         for stretch in stretches(parameters, order, names):
             data, _ = flat_views(parameters, stretch)
             average = self._state.along(stretch, ("average",))["average"]
             scratch = np.empty(CHUNK_BYTES // data.itemsize, data.dtype)
-            for piece in pieces(slice(0, data.size), scratch.size):
+            for piece in pieces(own_part(parameters, stretch, whole=False), scratch.size):
                 yield data[piece], average[piece], scratch[: piece.stop - piece.start]
+        meet(sharers)
+
+    def _arrange(self) -> tuple[list[int], list[tuple[str, ...]]]:
+        """Lay the averages out as the parameters lie, the weights themselves at first; their order, and names."""
+        parameters = self._parameters
+        give_buffers(parameters)
+        order = memory_order(parameters)
+        names: list[tuple[str, ...]] = [("average",)] * len(parameters)
+        self._state.arrange(order, names, lambda i, name: parameters[i].data.reshape(-1))
+        return order, names
 
     def _refuse_swapped(self, call: str) -> None:
         if self._swapped:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from distprop.buffer import FlatBuffer, shared_buffer
+from distprop.buffer import FlatBuffer, Sharers, shared_buffer
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
@@ -139,6 +139,19 @@ def give_buffers(parameters: Sequence[Parameter]) -> None:
         shared_buffer(homeless)
 
 
+def sharers_of(parameters: Sequence[Parameter]) -> list[Sharers]:
+    """Who shares the memory of the parameters' buffers, where ranks do; each once, in the same order on all of them."""
+    buffers = (parameter.buffer for parameter in parameters)
+    sharers = (buffer.sharers for buffer in buffers if isinstance(buffer, FlatBuffer))
+    return list(dict.fromkeys(ranks for ranks in sharers if ranks is not None))
+
+
+def meet(sharers: Sequence[Sharers]) -> None:
+    """Wait for the ranks that share memory."""
+    for ranks in sharers:
+        ranks.barrier()
+
+
 def memory_order(parameters: Sequence[Parameter]) -> list[int]:
     """The numbers of `parameters` in the order in which they lie in their buffers."""
     buffers: dict[object, int] = {}
@@ -167,7 +180,7 @@ def flat_views(parameters: Sequence[Parameter], stretch: Sequence[int]) -> tuple
 
 
 def own_part(parameters: Sequence[Parameter], stretch: Sequence[int], whole: bool) -> slice:
-    """Which numbers of a stretch this rank updates; of a `whole` one all or none, where ranks share the values."""
+    """Which numbers of a stretch this rank updates; of one that must be `whole` all or none, where ranks share it."""
     buffer = parameters[stretch[0]].buffer
     assert isinstance(buffer, FlatBuffer)
     start, stop, own = _span(parameters[stretch[0]])[0], _span(parameters[stretch[-1]])[1], buffer.own

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from distprop.buffer import FlatBuffer, Sharers, fill_missing
+from distprop.buffer import Sharers, fill_missing
 from distprop.optim.groups import ParameterGroups, filled_groups
 from distprop.optim.layout import (
     CHUNK_BYTES,
@@ -20,8 +20,10 @@ from distprop.optim.layout import (
     chunks_of,
     flat_views,
     give_buffers,
+    meet,
     memory_order,
     own_part,
+    sharers_of,
     stretches,
 )
 from distprop.optim.state import key_problems, loaded_arrays, loaded_groups, own_state
@@ -58,7 +60,7 @@ class Optimizer:
         self._frozen: list[int] = []
         self._laid_out_for: object = None
         self._plan: dict[tuple[int, int], list[list[Chunk]]] = {}
-        self._sharers: set[Sharers] = set()
+        self._sharers: list[Sharers] = []
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -87,13 +89,13 @@ class Optimizer:
         """
         self._lay_out()
         fill_missing(self._members)
-        self._meet()  # nobody reads the parameters any more
+        meet(self._sharers)  # nobody reads the parameters any more
         for (number, missed), of_this_kind in self._plan.items():
             group = self.param_groups[number]
             options = {**group, "lr": self.rate(group), "step": self.steps + 1 - missed}
             for chunks in of_this_kind:
                 self._update_stretch(chunks, options)
-        self._meet()  # all slices are there
+        meet(self._sharers)  # all slices are there
         for i in self._frozen:
             self._missed[i] += 1
         self.steps += 1
@@ -169,11 +171,6 @@ class Optimizer:
         """Whether a stretch must be one whole parameter."""
         return False
 
-    def _meet(self) -> None:
-        """Wait for the ranks that share the parameters, if there are any."""
-        for sharers in self._sharers:
-            sharers.barrier()
-
     def _lay_out(self) -> None:
         """See where the parameters lie; cut anew only if they moved (into a buffer), were frozen, or options changed.
 
@@ -202,8 +199,7 @@ class Optimizer:
         )
         alone = [self._layerwise(group) for group in groups]
         kind = [(numbers[n], self._missed[i], i if alone[n] else None) for i, n in enumerate(group_of)]
-        buffers = {parameter.buffer for parameter in parameters if isinstance(parameter.buffer, FlatBuffer)}
-        self._sharers = {buffer.sharers for buffer in buffers if buffer.sharers is not None}
+        self._sharers = sharers_of(parameters)
         self._plan = {}
         scratch: dict[np.dtype[Any], Array] = {}
         for stretch in stretches(parameters, [i for i in order if parameters[i].requires_grad], kind):
