@@ -52,13 +52,13 @@ def scaled_dot_product_attention(
     mask = None if attn_mask is None else as_tensor(attn_mask)
     allowed, added = _mask(mask, is_causal, shape, q)
     factor = q.dtype.type(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    scaled, needs_shift = q.data * factor, added is not None or not _bounded(q.data, k.data, float(factor))
+    scaled = q.data * factor
     kept = dropout_scale(shape, dropout_p, q.dtype) if dropout_p else None
     exps, denominators = np.empty(shape, q.dtype), np.empty((*shape[:-1], 1), q.dtype)  # P = exps/denominators
     outputs = np.empty_like(q.data, shape=(*q.shape[:-1], v.shape[-1]))  # in the memory order of the queries
     for part in _blocks(shape):
-        e = np.matmul(scaled[part], np.swapaxes(k.data[part], -1, -2), out=exps[part])
-        _exponentiate(e, _part(allowed, part, shape), _part(added, part, shape), needs_shift)
+        e = np.matmul(scaled[part], _transposed(k.data[part]), out=exps[part])
+        _exponentiate(e, _part(allowed, part, shape), _part(added, part, shape))
         d = np.matmul(e, np.ones((shape[-1], 1), q.dtype), out=denominators[part])
         d[d == 0] = 1
         o = np.matmul(e if kept is None else e * kept[part], v.data[part], out=outputs[part])
@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
                 np.matmul(np.swapaxes(e if kept is None else e * kept[part], -1, -2), g, out=dv[part])
             if dq is None and dk is None and dmask is None:
                 continue
-            ds = g @ np.swapaxes(v.data[part], -1, -2)
+            ds = g @ _transposed(v.data[part])
             if kept is not None:
                 ds *= kept[part]
             ds -= np.vecdot(g, outputs[part])[..., None]
@@ -94,10 +94,16 @@ def scaled_dot_product_attention(
     return record(outputs, inputs, vjp)
 
 
-def _exponentiate(scores: Array, allowed: Array | None, added: Array | None, needs_shift: bool) -> None:
+def _transposed(matrices: Array) -> Array:
+    """A copy with the last two axes exchanged; with the copy a product of 64 x 32 by 32 x 64 takes 0.65 of the time."""
+    return np.ascontiguousarray(np.swapaxes(matrices, -1, -2))
+
+
+def _exponentiate(scores: Array, allowed: Array | None, added: Array | None) -> None:
     """exp(scores) in place, divided by the largest of each query where that is needed; 0 where not allowed."""
     if added is not None:
         scores += added
+    needs_shift = scores.size and not (scores.max() <= _SAFE and scores.min() >= -_SAFE)  # or there are NaNs
     if needs_shift:
         if allowed is not None:
             np.copyto(scores, -np.inf, where=allowed == 0)
@@ -107,13 +113,6 @@ def _exponentiate(scores: Array, allowed: Array | None, added: Array | None, nee
     np.exp(scores, out=scores)
     if allowed is not None and not needs_shift:
         scores *= allowed
-
-
-def _bounded(q: Array, k: Array, factor: float) -> bool:
-    """Whether all scores are within ±`_SAFE`, because no product is larger than that of the lengths."""
-    with np.errstate(over="ignore"):
-        longest = [float(np.vecdot(x, x).max(initial=0)) for x in (q, k)]
-    return abs(factor) * math.sqrt(longest[0]) * math.sqrt(longest[1]) <= _SAFE
 
 
 def _mask(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], q: Tensor) -> tuple[Array | None, Array | None]:
