@@ -15,17 +15,16 @@ from distprop.tape import Array
 from distprop.tensor import Parameter
 
 LANE_LENGTH = 16  # numbers behind the gradients
-_LINE_BYTES = 64  # of the cache
 
 
 class Sharers(Protocol):
-    """Ranks that see the same memory, such as `distprop.comm.node.Node`; this one has the number `rank` of `size`."""
-
-    rank: int
-    size: int
+    """Ranks that see the same memory, such as `distprop.comm.node.Node`."""
 
     def allocate_common(self, length: int, dtype: Any) -> Array | None:
         """One array of zeros `(length,)` for all; None if there is none to be had. All call it."""
+
+    def own_slice(self, array: Array) -> slice:
+        """The part of an array of all that is this rank's; the parts cover it, and none meets another."""
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -85,13 +84,8 @@ class FlatBuffer:
 
     @property
     def own(self) -> slice:
-        """The part of `data` that this rank updates: all of it, or one of nearly equal slices for the sharers."""
-        size = self.data.size
-        if self.sharers is None:
-            return slice(0, size)
-        line = _LINE_BYTES // self.data.itemsize  # two ranks would fight for one
-        start, stop = (size * n // self.sharers.size // line * line for n in (self.sharers.rank, self.sharers.rank + 1))
-        return slice(start, size if self.sharers.rank + 1 == self.sharers.size else stop)
+        """The part of `data` that this rank updates: all of it, or its slice among the sharers."""
+        return slice(0, self.data.size) if self.sharers is None else self.sharers.own_slice(self.data)
 
     def allocate_like_data(self, size: int) -> Array:
         """Memory `(size,)` for what is updated together with the values; the sharers have one, and all call this.

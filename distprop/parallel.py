@@ -85,9 +85,8 @@ class DataParallel:
         wire: "bf16" or "fp16" for gradients that cross the network in 16 bits, half the bytes, with error feedback (see
             `distprop.comm.wire`); None for float32. Within a node nothing is rounded. Not with `shards`.
         sharded_update: the ranks of a node have one copy of the parameters and of the optimizer's state between them,
-            each updates its slice, and `optimizer.step()` is collective. Then parameters must be changed by nobody else
-            while another rank may read them: what changes them by hand, once a rank, goes between two barriers, once a
-            node.
+            each updates its slice, and `optimizer.step()` is collective. Whatever else changes a parameter does so on
+            one rank of the node, between two barriers.
         passengers: what else travels with the gradients; `send` is for a few numbers, this for hundreds.
 
     Raises:

@@ -94,6 +94,10 @@ class Node:
         """
         return self._checks[id(own)].by_rank()
 
+    def own_slice(self, array: NDArray[Any]) -> slice:
+        """This rank's of nearly equal slices of an array that all ranks of the node work on."""
+        return _slice(len(array), array.itemsize, self.rank, self.size)
+
     def barrier(self) -> None:
         """Wait for the ranks of this node."""
         self._here.barrier()
