@@ -31,11 +31,15 @@ class Witness:
         self.folder = Path(tempfile.mkdtemp(prefix="distprop-", dir=recorder.memory_folder()))
         self.environment = {FOLDER_VARIABLE: str(self.folder)}
         self._door = socket.socket(socket.AF_UNIX)
-        self._door.bind(str(self.folder / LAUNCHER))
-        self._door.listen(4096)
         self._door.setblocking(False)
         self._ends = select.epoll() if hasattr(select, "epoll") else None  # elsewhere nothing tells the order
-        self._ranks: dict[int, socket.socket] = {}  # by its number: the connection to a rank
+        try:
+            self._door.bind(str(self.folder / LAUNCHER))
+            self._door.listen(4096)
+        except OSError:  # a path of over 100 characters, where /dev/shm is missing and TMPDIR is long
+            (self.folder / LAUNCHER).touch()
+            self._ends = None
+        self._ranks: dict[int, socket.socket] = {}  # the connections, by their file descriptors
         self._dead: list[int] = []  # ranks in the order of their deaths
 
     def look(self) -> None:
@@ -48,14 +52,16 @@ class Witness:
                 rank, _ = self._door.accept()
                 self._ranks[rank.fileno()] = rank
                 self._ends.register(rank, select.EPOLLRDHUP | select.EPOLLONESHOT)
-        unseen = self._ended()  # in less than the time between two looks; the others wait for the first one
-        snapshots = self._snapshots()
-        self._dead += sorted(unseen, key=lambda rank: (snapshots[rank].sequence, snapshots[rank].inside))
+        unseen = self._ended()  # in less than the time between two looks
+        if unseen:
+            snapshots = self._snapshots()  # the others wait for the first one
+            self._dead += sorted(unseen, key=lambda rank: (snapshots[rank].sequence, snapshots[rank].inside))
 
     def _ended(self) -> list[int]:
         """Ranks whose ends have come since, in their order."""
         assert self._ends is not None
-        return [int(self._ranks[number].recv(16)) for number, _ in self._ends.poll(0)]
+        numbers = [self._ranks[connection].recv(16) for connection, _ in self._ends.poll(0)]
+        return [int(number) for number in numbers if number]  # none from one that died before it could say its own
 
     def _snapshots(self) -> dict[int, Snapshot]:
         return {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}

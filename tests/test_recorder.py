@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,25 @@ def test_the_launcher_names_the_rank_that_died_first(looks: bool) -> None:
         process.communicate()
     assert f"rank 1 of 1 on {os.uname().nodename}, step 5, forward pass: killed by SIGKILL" in report
     assert not folder.exists()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="only Linux tells the order of deaths")
+def test_a_rank_that_dies_before_it_has_said_its_number_is_passed_over() -> None:
+    witness = Witness()
+    with socket.socket(socket.AF_UNIX) as rank:
+        rank.connect(str(witness.folder / recorder.LAUNCHER))
+    assert witness.report(137) == ""
+    witness.close()
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_costs_the_order_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(recorder, "memory_folder", lambda: str(long))
+    witness = Witness()
+    assert (witness.folder / recorder.LAUNCHER).exists()
+    assert witness.report(137) == ""
+    witness.close()
+    assert list(long.iterdir()) == []
