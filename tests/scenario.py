@@ -50,6 +50,12 @@ class Suite:
             for name, function, min_size, ignore in self._entries
         ]
 
+    def run_all(self, comm: Communicator) -> None:
+        """All scenarios on this rank, one after the other."""
+        for _, function, min_size, _ in self._entries:
+            if comm.size >= min_size:
+                function(comm)
+
 
 def run(scenario: Scenario, size: int) -> None:
     """The scenario on `size` threads; a world of one is the real one. Even numbers share memory, as on one node."""

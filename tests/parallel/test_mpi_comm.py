@@ -25,8 +25,7 @@ def test_communicator_of_a_part_of_the_world():
     part = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2, -MPI.COMM_WORLD.rank)
     comm = mpi.MPICommunicator(part)
     assert (comm.rank, comm.size) == (part.rank, part.size)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
     part.Free()
 
 
@@ -35,8 +34,7 @@ def test_communicator_of_a_part_of_the_world():
 def test_communicator_of_several_nodes(ranks_per_node):
     """Neighbours play the ranks of a node; the last node may have fewer than the others."""
     comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
     if ranks_per_node > 1:
         assert comm.node.size == min(ranks_per_node, comm.size - comm.rank // ranks_per_node * ranks_per_node)
         assert len(comm.node.arrays(comm.allocate(10, np.float32))) == comm.node.size
@@ -47,8 +45,7 @@ def test_communicator_of_several_nodes(ranks_per_node):
 def test_what_crosses_a_network_is_summed_in_pieces(ranks_per_node, monkeypatch):
     monkeypatch.setattr(mpi, "EAGER_BYTES", 64)
     comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -56,8 +53,7 @@ def test_what_a_part_of_the_world_calls_has_no_number_among_the_worlds_collectiv
     """Parts may call more or less than others, as when each host's link is measured for a second."""
     before = here.sequence
     part = mpi.group(comm.rank % 2)
-    for parameter in suite.under_mpi():
-        parameter.values[0](part)
+    suite.run_all(part)
     assert here.sequence == before
 
 
@@ -71,8 +67,7 @@ def test_without_shared_memory_the_library_sums(monkeypatch, tmp_path):
     monkeypatch.setattr(node, "_FOLDER", str(tmp_path / "missing"))
     comm = mpi.MPICommunicator()
     assert comm.node.arrays(comm.allocate(10, np.float32)) is None
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -120,8 +115,7 @@ def test_messages_of_the_users_own_do_not_meet_ours(comm):
 
     received = np.zeros(4)
     request = MPI.COMM_WORLD.Irecv(received, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
     assert not request.Test()
     comm.barrier()
     MPI.COMM_WORLD.Send(np.full(4, 7.0 + comm.rank), dest=(comm.rank + 1) % comm.size)

@@ -15,5 +15,4 @@ def test_a_sharded_update(scenario, comm):
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 3])
 def test_a_sharded_update_on_several_nodes(ranks_per_node):
     comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)

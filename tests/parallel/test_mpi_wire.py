@@ -16,5 +16,4 @@ def test_wire(scenario, comm):
 def test_wire_between_nodes(ranks_per_node):
     """Neighbours play the ranks of a node; the last node may have fewer than the others."""
     comm = mpi.MPICommunicator(ranks_per_node=ranks_per_node)
-    for parameter in suite.under_mpi():
-        parameter.values[0](comm)
+    suite.run_all(comm)
