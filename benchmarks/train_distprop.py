@@ -20,7 +20,7 @@ from networks import ADAMW, LR, MOMENTUM, NETWORKS, distprop_model, initial_stat
 class DistpropTraining:
     """The open loop of the README, with one copy of the parameters for all ranks."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, sharded_update: bool = True) -> None:
         self.network = NETWORKS[name]
         self.model = distprop_model(name)
         shapes = {key: parameter.shape for key, parameter in self.model.named_parameters()}
@@ -32,7 +32,7 @@ class DistpropTraining:
             self.optimizer = optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM)
         self.comm = dp.world()
         self.rank, self.size = self.comm.rank, self.comm.size
-        self.parallel = dp.DataParallel(self.model, self.comm, sharded_update=True)
+        self.parallel = dp.DataParallel(self.model, self.comm, sharded_update=sharded_update)
 
     def step(self, x: np.ndarray, y: np.ndarray) -> float:
         """One update."""
