@@ -13,10 +13,11 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 from distprop.comm import recorder
-from distprop.comm.recorder import FOLDER_VARIABLE, LAUNCHER, Snapshot
+from distprop.comm.recorder import FOLDER_VARIABLE, LAUNCHER
 
 
 class Witness:
@@ -31,7 +32,6 @@ class Witness:
         self.folder = Path(tempfile.mkdtemp(prefix="distprop-", dir=recorder.memory_folder()))
         self.environment = {FOLDER_VARIABLE: str(self.folder)}
         self._door = socket.socket(socket.AF_UNIX)
-        self._door.setblocking(False)
         self._ends = select.epoll() if hasattr(select, "epoll") else None  # elsewhere nothing tells the order
         try:
             self._door.bind(str(self.folder / LAUNCHER))
@@ -41,35 +41,28 @@ class Witness:
             self._ends = None
         self._ranks: dict[int, socket.socket] = {}  # the connections, by their file descriptors
         self._dead: list[int] = []  # ranks in the order of their deaths
+        self._welcoming = threading.Thread(target=self._welcome, daemon=True)
+        self._welcoming.start()
 
-    def look(self) -> None:
-        """Take note of ranks that have started since, and of those that have ended."""
-        if self._ends is None:
-            return
-        self._dead += self._ended()
-        with contextlib.suppress(BlockingIOError):
-            while True:
+    def _welcome(self) -> None:
+        """Watch each rank from the moment on at which it connects: of those that nobody watched no order is told."""
+        with contextlib.suppress(OSError):  # the door is closed
+            while self._ends is not None:
                 rank, _ = self._door.accept()
                 self._ranks[rank.fileno()] = rank
                 self._ends.register(rank, select.EPOLLRDHUP | select.EPOLLONESHOT)
-        unseen = self._ended()  # in less than the time between two looks
-        if unseen:
-            snapshots = self._snapshots()  # the others wait for the first one
-            self._dead += sorted(unseen, key=lambda rank: (snapshots[rank].sequence, snapshots[rank].inside))
 
-    def _ended(self) -> list[int]:
-        """Ranks whose ends have come since, in their order."""
-        assert self._ends is not None
-        numbers = [self._ranks[connection].recv(16) for connection, _ in self._ends.poll(0)]
-        return [int(number) for number in numbers if number]  # none from one that died before it could say its own
-
-    def _snapshots(self) -> dict[int, Snapshot]:
-        return {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
+    def look(self) -> None:
+        """Take note of the ranks that have ended since."""
+        if self._ends is None:
+            return
+        numbers = [self._ranks[connection].recv(16) for connection, _ in self._ends.poll(0)]  # they come in their order
+        self._dead += [int(number) for number in numbers if number]  # none from one that died before it said its own
 
     def report(self, status: int) -> str:
         """Why the job ended with `status`, if no rank has said it: the first death and its place."""
         self.look()
-        snapshots = self._snapshots()
+        snapshots = {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
         if not self._dead or any(snapshot.spoken for snapshot in snapshots.values()):
             return ""
         first = snapshots[self._dead[0]]
@@ -77,6 +70,9 @@ class Witness:
 
     def close(self) -> None:
         """Remove the folder."""
+        with contextlib.suppress(OSError):  # not listening
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._welcoming.join(5)
         for connection in (self._door, *self._ranks.values()):
             connection.close()
         if self._ends is not None:
