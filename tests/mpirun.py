@@ -24,7 +24,6 @@ def main() -> int:
         print(f"=== {ranks} rank{'s' * (ranks > 1)}, {library.name}", flush=True)
         pytest = [sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider"]
         pytest += [str(FOLDER / "test_mpi_deterministic.py" if ranks > 4 else FOLDER)]
-        pytest += ["-p", "no:unraisableexception"]  # all ranks clean up pytest's one folder, and it trips over that
         flags = launcher_flags(library, ranks, launch.allowed_cores())
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         environment |= launcher_environment(library, ranks, launch.allowed_cores())

@@ -9,6 +9,7 @@ collective, where they would wait for ever: the job ends then, within seconds an
 import faulthandler
 import os
 import sys
+import tempfile
 import time
 
 import pytest
@@ -22,6 +23,16 @@ PATIENCE_SECONDS = 10  # for the slowest rank, after another one has failed
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     """Leave this folder out of ordinary runs."""
     return None if config.getoption("with_mpi", default=False) else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config):
+    """Every rank has a temporary folder of its own: ranks that clean up pytest's common one trip over each other."""
+    if not config.getoption("with_mpi", default=False):
+        return (yield)
+    with tempfile.TemporaryDirectory(prefix="distprop-tests-") as folder:
+        config.option.basetemp = f"{folder}/pytest"
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)
