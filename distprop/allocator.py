@@ -40,7 +40,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 def aligned_like(model: NDArray[Any]) -> NDArray[Any]:
     """`np.empty_like` of an array without gaps, beginning at a cache line unless it is small."""
     if model.nbytes < _WORTH_IT:
-        return np.empty_like(model)
+        return np.empty(model.shape, model.dtype) if model.flags.c_contiguous else np.empty_like(model)
     return _at_a_line(model.shape, model.dtype, model.nbytes, model.strides)
 
 

@@ -114,7 +114,7 @@ class FlatBuffer:
 
 def fill_missing(parameters: Iterable[Parameter]) -> list[Parameter]:
     """Give a zero gradient to every trainable parameter that has none this step, and return those."""
-    missing = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
+    missing = [parameter for parameter in parameters if parameter.requires_grad and not parameter.has_grad]
     for parameter in missing:
         parameter.grad = 0
     return missing

@@ -94,7 +94,7 @@ class Capture:
         return gradients | {name: grad for rest in of_module.values() for name, grad in rest.items()}
 
     def _begin(self, module: Module) -> None:
-        if module is self._model and all(p.grad is None for p in self._trained.values()):
+        if module is self._model and not any(p.has_grad for p in self._trained.values()):
             self._close_shard()
 
     def _end(self, module: Module, output: Any) -> None:

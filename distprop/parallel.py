@@ -269,14 +269,14 @@ class DataParallel:
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
-        if self._backwards and all(parameter.grad is None for parameter in self._trained):
+        if self._backwards and not any(parameter.has_grad for parameter in self._trained):
             self._examples, self._backwards, self._kept = 0.0, 0, None  # zero_grad() threw the passes so far away
         fresh = self._backwards == 0 and self._kept is None
-        if fresh and any(parameter.grad is not None for parameter in self._trained):
+        if fresh and any(parameter.has_grad for parameter in self._trained):
             fill_missing(self._trained)
             self._kept = self._buffer.grad.copy()
             for parameter in self._trained:
-                parameter.grad = None
+                parameter.has_grad = False
         self._walking = True
         here.at(recorder.BACKWARD)
         return (examples if self._examples_given is None else self._examples_given) / self.expected_examples
@@ -291,7 +291,7 @@ class DataParallel:
             self._passengers.after_backward(examples, examples / self.expected_examples)
         if self._syncing and self._tree is None:
             self._reduce()
-        elif all(parameter.grad is None for parameter in self._trained):
+        elif not any(parameter.has_grad for parameter in self._trained):
             fill_missing(self._trained)  # no examples here; None is what zero_grad() leaves
 
     def end_shard(self) -> None:
@@ -304,7 +304,7 @@ class DataParallel:
         self._tree.add(self._buffer.message)
         self._buffer.extra[:] = 0
         for parameter in self._trained:
-            parameter.grad = None
+            parameter.has_grad = False
         self._examples, self._backwards, self._sending = 0.0, 0, dict.fromkeys(self._sending, 0.0)
 
     def reduce_shards(self) -> None:

@@ -47,7 +47,7 @@ class BackwardPass(Protocol):
 class Node:
     """One operation on the tape."""
 
-    __slots__ = ("__weakref__", "absent", "grad", "grad_is_ours", "inputs", "number", "passes", "vjp")
+    __slots__ = ("__weakref__", "absent", "grad", "inputs", "number", "passes", "vjp")
 
     def __init__(
         self, inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct, passes: tuple[BackwardPass, ...]
@@ -58,18 +58,16 @@ class Node:
         self.passes = passes
         self.absent: Callable[[], object] | None = None  # see `take_part`
         self.grad: Array | None = None
-        self.grad_is_ours = False  # it may be added to in place
 
-    def receive(self, gradient: Array, ours: bool = False) -> bool:
-        """Add one consumer's gradient; tells whether it was the first. `ours`: nobody else holds its memory."""
+    def receive(self, gradient: Array) -> bool:
+        """Add one consumer's gradient; tells whether it was the first."""
         if self.grad is None:
-            self.grad, self.grad_is_ours = gradient, ours
+            self.grad = gradient
             return True
-        if self.grad_is_ours:
+        if _holders(self.grad) == _NOBODY_BUT_A_NODE:
             self.grad += gradient
         else:
             self.grad = self.grad + gradient
-            self.grad_is_ours = True
         return False
 
 
@@ -82,8 +80,10 @@ def gradients_needed(inputs: tuple[Tensor, ...]) -> bool:
     return False
 
 
-def node_for(inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct) -> Node:
-    """The tape entry of an operation; it inherits the backward passes that its inputs belong to."""
+def node_for(inputs: tuple[Tensor, ...], vjp: VectorJacobianProduct) -> Node | None:
+    """The tape entry of an operation, if it needs one; it inherits the backward passes that its inputs belong to."""
+    if not gradients_needed(inputs):
+        return None
     passes: tuple[BackwardPass, ...] = ()
     for tensor in inputs:
         source = tensor.node
@@ -159,17 +159,17 @@ def _propagate(root: Node, grad: Array) -> None:
                 if gradient is places[number]:  # it is where it belongs
                     tensor.accumulate(gradient, ours=False)
                     continue
-                ours = _holders(gradient) == _NOBODY_ELSE
                 source = tensor.node
                 if source is None:
+                    ours = _holders(gradient) == _NOBODY_ELSE
                     tensor.accumulate(gradient, ours)
-                elif source.receive(gradient, ours):
+                elif source.receive(gradient):
                     heapq.heappush(heap, (-source.number, source))
     finally:
         if observe is not None:
             observe(None)
         for _, node in heap:  # after an error: a later walk through these must not find half a gradient there
-            node.grad, node.grad_is_ours = None, False
+            node.grad = None
 
 
 def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Array | None]]:
@@ -182,8 +182,8 @@ def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Arr
             "first. Add the losses and call backward() once, or compute the forward pass again"
         )
     node.vjp, node.grad, node.inputs, node.absent = None, None, (), None
-    out = [tensor.gradient_target() if tensor.requires_grad else None for tensor in inputs]
-    if len(inputs) > 1 and len(set(map(id, inputs))) < len(inputs):  # one parameter taken twice: only one may write
+    out = [x.gradient_target() if x.node is None and x.requires_grad else None for x in inputs]
+    if len(inputs) > 1 and len(set(inputs)) < len(inputs):  # one parameter taken twice: only one may write
         out = [None if any(x is earlier for earlier in inputs[:i]) else out[i] for i, x in enumerate(inputs)]
     gradients = list(vjp(grad, out))
     if len(gradients) != len(inputs):
@@ -208,6 +208,13 @@ def _holders_of_a_new_view() -> tuple[int, int, bool]:
     """What `_holders` says of an array that only its caller has; how references are counted differs between Pythons."""
     gradient = np.empty((1, 2)).T
     return _holders(gradient)
+
+
+def _holders_of_a_node_s_view() -> tuple[int, int, bool]:
+    """What `_holders` says of an array that only a node has."""
+    node = Node((), lambda grad, out: [], ())
+    node.grad = np.empty((1, 2)).T
+    return _holders(node.grad)
 
 
 @contextmanager
@@ -246,8 +253,8 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     return np.asarray(gradient.sum(axis=axes)).reshape(shape)
 
 
-_NOBODY_ELSE = (0, 0, True)
-_NOBODY_ELSE = _holders_of_a_new_view()
 _numbers = itertools.count()
+_NOBODY_ELSE = _NOBODY_BUT_A_NODE = (0, 0, True)
+_NOBODY_ELSE, _NOBODY_BUT_A_NODE = _holders_of_a_new_view(), _holders_of_a_node_s_view()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _observer: ContextVar[Callable[[Node | None], object] | None] = ContextVar("observer", default=None)

@@ -18,10 +18,12 @@ _GELU_PIECE = CHUNK * 3 // 4  # it works with seven arrays more of this size
 
 def relu(input: Operand) -> Tensor:
     """max(x, 0). Derivative: 1 where x > 0, else 0."""
+    x = _float("relu", input)
+    zero = _ZERO[x.data.dtype.char]
     return pointwise(
-        _float("relu", input),
-        lambda x, out: np.maximum(x, 0, out=out),
-        lambda g, x, y, out: np.multiply(g, y > 0, out=out),
+        x,
+        lambda x, out: np.maximum(x, zero, out=out),
+        lambda g, x, y, out: np.multiply(g, y > zero, out=out),
     )
 
 
@@ -190,6 +192,10 @@ def log1p_of(u: Array) -> Array:
     u = u - (w - 1)
     u += np.log(w)
     return u
+
+
+# to find a dtype for the number 0 takes NumPy longer than a small maximum
+_ZERO = {char: np.zeros((), char) for char in np.typecodes["Float"]}
 
 
 def _positive(x: Array) -> Array:

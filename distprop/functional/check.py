@@ -10,7 +10,7 @@ from distprop.tensor import Tensor
 
 def floating(operation: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is floating point."""
-    if x.dtype.kind != "f":
+    if x.data.dtype.kind != "f":
         raise TypeError(
             f"{operation} got a tensor of dtype {x.dtype}; it needs floating point: convert with .astype(np.float32)"
         )

@@ -13,7 +13,6 @@ as long as arithmetic, also as np.clip(x, 0, np.inf).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +37,9 @@ def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = Fals
     The result has the memory layout of x, so channels-last images stay so.
     """
     data = _compact(x.data)
-    y, kept = _forward(partial(in_pieces, size=piece), value, x, data, keep)
+    y = aligned_like(data)
+    kept = _keep(x, data) if keep else data
+    in_pieces(value, data, *((y, kept) if keep else (y,)), size=piece)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         gradient = like(y, out[0])
@@ -51,7 +52,9 @@ def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = Fals
 def rowwise(x: Tensor, dim: int, value: Value, derivative: Derivative, keep: bool = False) -> Tensor:
     """`pointwise` for functions of the rows along `dim`: they get matrices `(rows, length)`."""
     data = np.ascontiguousarray(np.moveaxis(x.data, dim, -1))
-    y, kept = _forward(in_rows, value, x, data, keep)
+    y = aligned_like(data)
+    kept = _keep(x, data) if keep else data
+    in_rows(value, data, *((y, kept) if keep else (y,)))
     last = dim in (-1, x.ndim - 1)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
@@ -70,10 +73,9 @@ def in_pieces(function: Callable[..., Any], first: Array, *others: Array | None,
     size = CHUNK if size is None else size
     if first.size <= size:
         function(first, *others)
-    else:
-        _in_blocks(
-            function, first.size, size, [a.ravel("K") if a is not None and a.ndim else a for a in (first, *others)]
-        )
+        return
+    flat = [a.ravel("K") if a is not None and a.ndim else a for a in (first, *others)]
+    _in_blocks(function, first.size, size, flat)
 
 
 def in_rows(function: Callable[..., Any], first: Array, *others: Array | None) -> None:
@@ -107,17 +109,9 @@ def row_sums(matrix: Array) -> Array:
     return np.vecdot(matrix, np.ones(matrix.shape[-1], matrix.dtype))[:, None]
 
 
-def _forward(
-    in_parts: Callable[..., None], value: Value, x: Tensor, data: Array, keep: bool
-) -> tuple[Array, Array | None]:
-    """y and what the derivative gets."""
-    y = aligned_like(data)
-    if not keep:
-        in_parts(value, data, y)
-        return y, data
-    kept = aligned_like(data) if gradients_needed((x,)) else None
-    in_parts(value, data, y, kept)
-    return y, kept
+def _keep(x: Tensor, data: Array) -> Array | None:
+    """Room for what the derivative needs, one number for each of `data`, if there is going to be a derivative."""
+    return aligned_like(data) if gradients_needed((x,)) else None
 
 
 def _in_blocks(function: Callable[..., Any], count: int, step: int, arrays: Sequence[Array | None]) -> None:

@@ -45,7 +45,7 @@ class Module:
 
     def children(self) -> Iterator[Module]:
         """The direct submodules."""
-        return (module for _, module in self.named_children())
+        return (value for value in vars(self).values() if isinstance(value, Module))
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """The direct submodules with their attribute names."""
@@ -132,7 +132,7 @@ class Module:
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward pass overwrites them."""
         for parameter in self.parameters():
-            parameter.grad = None
+            parameter.has_grad = False
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Train the parameters here and below, or freeze them."""

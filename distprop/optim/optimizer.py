@@ -80,7 +80,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget the gradients. Costs nothing: the next backward pass overwrites them."""
         for parameter in self._members:
-            parameter.grad = None
+            parameter.has_grad = False
 
     def step(self) -> None:
         """Update every parameter from its gradient.
@@ -182,10 +182,11 @@ class Optimizer:
         numbers = [kinds.setdefault(_kind(group), number) for number, group in enumerate(groups)]
         names = [self._state_names(group) for group in groups]
         decays = [group.get("weight_decay", 0.0) for group in groups]
-        places = [(parameter.buffer, parameter.requires_grad) for parameter in self._members]
-        if (numbers, names, decays, places) != self._laid_out_for:
+        buffers = [parameter.buffer for parameter in self._members]
+        trained = [parameter.requires_grad for parameter in self._members]
+        if (numbers, names, decays, buffers, trained) != self._laid_out_for:
             self._cut(numbers, names, decays)
-            self._laid_out_for = (numbers, names, decays, places)
+            self._laid_out_for = (numbers, names, decays, buffers, trained)
 
     def _cut(self, numbers: Sequence[int], names: Sequence[tuple[str, ...]], decays: Sequence[float]) -> None:
         parameters, groups = self._members, self.param_groups
