@@ -34,13 +34,16 @@ class Linear(Module):
 
     def forward(self, x: Operand) -> Tensor:
         """The layer's output."""
-        shape = x.shape if isinstance(x, Tensor) else np.shape(x)
-        if not shape or shape[-1] != self.in_features:
+        try:
+            return F.linear(x, self.weight, self.bias)
+        except ValueError as error:
+            shape = as_tensor(x).shape
+            if shape[-1:] == (self.in_features,):
+                raise
             raise ValueError(
                 f"Linear({self.in_features}, {self.out_features}) got x of shape {shape}; "
                 f"its last axis must be {self.in_features}"
-            )
-        return F.linear(x, self.weight, self.bias)
+            ) from error
 
     def extra_repr(self) -> str:
         """The arguments."""
