@@ -65,7 +65,8 @@ class Outer:
     """
 
     def __init__(self, rows: int, columns: int, dtype: np.dtype[np.floating]) -> None:
-        self.ones = np.stack([np.ones(columns, dtype), np.zeros(columns, dtype)])
+        self.ones = np.zeros((2, columns), dtype)
+        self.ones[0] = 1
         self._pairs = np.zeros((rows, 2), dtype)
         self._result = aligned_empty((rows, columns), dtype)
 

@@ -6,6 +6,7 @@ that stay in the cache. `distprop.functional.group_norm` does the same for group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -108,7 +109,8 @@ def _derivative(
     sums = np.zeros((2, length), rows.dtype)
     products = aligned_empty((_step(rows), length), rows.dtype)
     outer = Outer(_step(rows), length, rows.dtype)
-    weights = np.stack([-scale * mean, np.ones_like(scale)])
+    weights = np.ones((2, len(rows)), rows.dtype)
+    np.multiply(-scale, mean, out=weights[0])
     share, cube = scale / length, scale * scale * scale / length
     for block in _blocks(rows):
         g = grad[block]
@@ -150,7 +152,7 @@ def _row_length(
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{operation} over the last axes {shape} got x of shape {x.shape}; it must end in {shape}")
     check_affine(operation, x, shape, weight, bias)
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 def affine_inputs(
