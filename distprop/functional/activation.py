@@ -13,18 +13,19 @@ from distprop.functional.pointwise import CHUNK, pointwise, row_sums, rowwise
 from distprop.tape import Array
 from distprop.tensor import Operand, Tensor, as_tensor, sigmoid_of
 
-_GELU_PIECE = CHUNK * 3 // 4  # it works with seven arrays more of this size
+_GELU_PIECE = CHUNK // 2  # it works with seven arrays more of this size
 
 
 def relu(input: Operand) -> Tensor:
     """max(x, 0). Derivative: 1 where x > 0, else 0."""
     x = _float("relu", input)
     zero = _ZERO[x.data.dtype.char]
-    return pointwise(
-        x,
-        lambda x, out: np.maximum(x, zero, out=out),
-        lambda g, x, y, out: np.multiply(g, y > zero, out=out),
-    )
+
+    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
+        np.greater(y, zero, out=out)
+        out *= g
+
+    return pointwise(x, lambda x, out: np.maximum(x, zero, out=out), derivative)
 
 
 def leaky_relu(input: Operand, negative_slope: float = 0.01) -> Tensor:
@@ -105,12 +106,13 @@ def silu(input: Operand) -> Tensor:
     """
 
     def value(x: Array, out: Array, slope: Array | None) -> None:
-        s = np.tanh(np.multiply(x, 0.5, out=slope), out=slope)
+        half = np.multiply(x, 0.5, out=aligned_like(x))
+        s = np.tanh(half, out=slope)  # whose memory may not be in the cache: it comes while tanh computes
         s *= 0.5
         s += 0.5
         np.multiply(x, s, out=out)
         if slope is not None:
-            rest = x - out
+            rest = np.subtract(x, out, out=half)
             rest += 1
             slope *= rest
 
