@@ -13,12 +13,12 @@ dropped is freed by reference counts, and the order is the same on every rank.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -121,14 +121,14 @@ def take_part(root: Node) -> None:
     """
     heap = [(-root.number, root)]
     while heap:
-        node = heapq.heappop(heap)[1]
+        node = heappop(heap)[1]
         inputs, absent = node.inputs, node.absent
         node.vjp, node.inputs, node.absent = None, (), None  # when it comes again, nothing is left to do
         if absent is not None:
             absent()
         for tensor in inputs:
             if tensor.node is not None:
-                heapq.heappush(heap, (-tensor.node.number, tensor.node))
+                heappush(heap, (-tensor.node.number, tensor.node))
 
 
 def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
@@ -148,7 +148,7 @@ def _propagate(root: Node, grad: Array) -> None:
     observe = _observer.get()
     try:
         while heap:
-            node = heapq.heappop(heap)[1]
+            node = heappop(heap)[1]
             if observe is not None:
                 observe(node)
             inputs, gradients, places = _visit(node)
@@ -164,7 +164,7 @@ def _propagate(root: Node, grad: Array) -> None:
                     ours = _holders(gradient) == _NOBODY_ELSE
                     tensor.accumulate(gradient, ours)
                 elif source.receive(gradient):
-                    heapq.heappush(heap, (-source.number, source))
+                    heappush(heap, (-source.number, source))
     finally:
         if observe is not None:
             observe(None)
@@ -192,16 +192,16 @@ def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Arr
 
 
 def _holders(gradient: Array) -> tuple[int, int, bool]:
-    """How often Python refers to a gradient and to the array that it is a view of, and whether it is all of that.
+    """How often Python refers to a gradient and to the array that it is a view of; whether it is all of that, to write.
 
     A gradient that a vjp may have kept, or handed out twice, has to be copied before it is added to or kept. Most are
     made for the one who receives them, which PyTorch, too, tells by counting references.
     """
-    owner = gradient.base
+    owner, writeable = gradient.base, gradient.flags.writeable
     if owner is None:
-        return sys.getrefcount(gradient), _NOBODY_ELSE[1], gradient.flags.owndata
+        return sys.getrefcount(gradient), _NOBODY_ELSE[1], writeable and gradient.flags.owndata
     whole = isinstance(owner, np.ndarray) and owner.flags.owndata and is_all_of(gradient, owner)
-    return sys.getrefcount(gradient), sys.getrefcount(owner), whole
+    return sys.getrefcount(gradient), sys.getrefcount(owner), writeable and whole
 
 
 def _holders_of_a_new_view() -> tuple[int, int, bool]:

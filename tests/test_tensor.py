@@ -907,7 +907,7 @@ def test_format_of_a_number_and_of_an_array():
 KEPT = []  # what a vjp holds on to
 
 
-@pytest.mark.parametrize(
+GRADIENTS = pytest.mark.parametrize(
     ("vjp", "copied"),
     [
         (lambda g: [KEPT.append(1) or g * 2], False),
@@ -916,9 +916,13 @@ KEPT = []  # what a vjp holds on to
         (lambda g: [KEPT.append(g * 2) or KEPT[-1].T.T], True),
         (lambda g: [np.full((3, 5), 2.0)[:, :4]], True),  # would keep the rest, too
         (lambda g: [np.broadcast_to(2.0, g.shape)], True),
+        (lambda g: [np.broadcast_to(g * 2, g.shape)], True),  # all of its memory, but not to be written
         (lambda g: [np.frombuffer(np.full(g.shape, 2.0).tobytes()).reshape(g.shape)], True),
     ],
 )
+
+
+@GRADIENTS
 def test_a_leaf_takes_a_gradient_that_nobody_else_holds_and_copies_any_other(vjp, copied):
     x, made = tensor(np.ones((3, 4)), requires_grad=True), []
 
@@ -931,6 +935,18 @@ def test_a_leaf_takes_a_gradient_that_nobody_else_holds_and_copies_any_other(vjp
     np.testing.assert_array_equal(x.grad, np.full((3, 4), 2.0))
     assert (x.grad.ctypes.data != made[0]) == copied
     assert x.grad.flags.writeable
+    KEPT.clear()
+
+
+@GRADIENTS
+def test_gradients_that_meet_are_added_up_and_what_others_hold_stays_as_it_is(vjp, copied):
+    x = tensor(np.ones((3, 4)), requires_grad=True)
+    met = x * 1.0
+    later = met * 3.0
+    (record(met.data, (met,), lambda grad, out: vjp(grad)) + later).backward(np.ones((3, 4)))
+    np.testing.assert_array_equal(x.grad, np.full((3, 4), 5.0))
+    for array in KEPT:
+        assert np.all(array == (2.0 if isinstance(array, np.ndarray) else 1))
     KEPT.clear()
 
 
