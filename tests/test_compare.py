@@ -11,6 +11,7 @@ import pytest
 
 import compare
 import networks
+import passes
 import programs
 import table
 
@@ -66,6 +67,16 @@ def test_a_profile_names_the_layers_and_what_was_wrong_with_the_command() -> Non
     for wrong in ([], ["mlp"], ["mlp512", "many"]):
         answer = subprocess.run([*command, *wrong], capture_output=True, text=True, timeout=60, check=False)
         assert (answer.returncode, answer.stderr[:38]) == (1, "usage: step_profile.py NETWORK [STEPS]")
+
+
+def test_passes_of_numpy_are_timed(capsys) -> None:
+    passes.main(turns=3)
+    lines = capsys.readouterr().out.splitlines()
+    times = {line[:68].rstrip(): float(line[68:].removesuffix("ms")) for line in lines}
+    assert len(times) == len(lines)
+    assert times["exp"] > 0
+    one, many = (times[f"products of 100 x 48 with {columns} columns, multiplications"] for columns in (8, 64))
+    assert one > many
 
 
 def figures(seconds: float, **more: Any) -> dict[str, Any]:
