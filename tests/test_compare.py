@@ -64,6 +64,9 @@ def test_a_profile_names_the_layers_and_what_was_wrong_with_the_command() -> Non
     answer = subprocess.run([*command, "mlp512", "3"], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.startswith("3 steps on 1 rank")
     assert "0 Linear" in answer.stdout
+    functions = [line.split() for line in answer.stdout.partition("\nfunction ")[2].splitlines()[1:]]
+    assert {name for name, *_ in functions} >= {"linear", "relu", "cross_entropy"}
+    assert all(float(forward) > 0 and float(backward) > 0 for _, forward, backward in functions)
     for wrong in ([], ["mlp"], ["mlp512", "many"]):
         answer = subprocess.run([*command, *wrong], capture_output=True, text=True, timeout=60, check=False)
         assert (answer.returncode, answer.stderr[:38]) == (1, "usage: step_profile.py NETWORK [STEPS]")
