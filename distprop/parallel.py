@@ -29,7 +29,7 @@ from distprop.nn.norm import SyncBatchNorm
 from distprop.pace import Pace
 from distprop.replicas import compare_layout, compare_values
 from distprop.running import RunningStatistics
-from distprop.tape import Array, gradients_needed, take_part
+from distprop.tape import Array, BackwardPass, gradients_needed, take_part
 from distprop.tensor import Parameter, Tensor
 
 VERIFY_SECONDS = 5.0  # between two comparisons of the parameters, if `verify_every` reductions take longer
@@ -181,12 +181,15 @@ class DataParallel:
 
     def _forward(self, examples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the module; what it does to its running statistics is kept back for the reduction."""
-        if not (self._statistics.size and self.module.training and gradients_needed(tuple(self._trained))):
+        if not (self._statistics.size and self._statistics.training and gradients_needed(tuple(self._trained))):
             return self.module(*args, **kwargs)
-        self._statistics.begin()
-        output = self.module(*args, **kwargs)
-        self._statistics.end(examples, self._buffer.extra[: self._statistics.size])
-        return output
+        with self._statistics.kept_back(examples, self._buffer.extra[: self._statistics.size]):
+            return self.module(*args, **kwargs)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; the next backward pass overwrites them."""
+        for parameter in self._trained:
+            parameter.has_grad = False
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
@@ -264,8 +267,10 @@ class DataParallel:
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass over `examples` that is about to start."""
         if not self._buffer.holds(self._trained):
+            extra = self._buffer.extra
             self._place_parameters()
             self._share_parameters()
+            self._buffer.extra[:] = extra  # what the forward pass has left there
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -275,11 +280,15 @@ class DataParallel:
         if fresh and any(parameter.has_grad for parameter in self._trained):
             fill_missing(self._trained)
             self._kept = self._buffer.grad.copy()
-            for parameter in self._trained:
-                parameter.has_grad = False
+            self.zero_grad()
         self._walking = True
         here.at(recorder.BACKWARD)
         return (examples if self._examples_given is None else self._examples_given) / self.expected_examples
+
+    def _expect_as(self, other: DataParallel) -> None:
+        """One backward pass, with one weight, goes through this model and another one, such as those of a GAN."""
+        if self._backwards == 0:
+            self.expected_examples = other.expected_examples
 
     def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once
@@ -303,8 +312,7 @@ class DataParallel:
         self._board()
         self._tree.add(self._buffer.message)
         self._buffer.extra[:] = 0
-        for parameter in self._trained:
-            parameter.has_grad = False
+        self.zero_grad()
         self._examples, self._backwards, self._sending = 0.0, 0, dict.fromkeys(self._sending, 0.0)
 
     def reduce_shards(self) -> None:
@@ -354,7 +362,8 @@ class DataParallel:
             self.expected_examples = received.examples / received.backwards
         if self._kept is not None:
             self._buffer.grad += self._kept
-        if self._statistics.size:
+        refused = bool(received.bad) or bad
+        if self._statistics.size and not refused:
             self._statistics.apply(self._buffer.extra[: self._statistics.size])
         if self._passengers is not None:
             self._passengers.alight(self._buffer.extra[self._statistics.size :])
@@ -362,7 +371,7 @@ class DataParallel:
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
         self._verify_due = bool(received.verify)
-        if received.bad or bad:
+        if refused:
             self._refuse_bad_gradients()
         here.at(recorder.UPDATE)
 
@@ -427,7 +436,9 @@ class _ForwardPass:
         self.parallel = parallel
         self.examples = examples
 
-    def begin(self) -> float:
+    def begin(self, first: BackwardPass | None) -> float:
+        if isinstance(first, _ForwardPass) and first.examples == self.examples:
+            self.parallel._expect_as(first.parallel)
         return self.parallel._begin(self.examples)
 
     def end(self) -> None:

@@ -3,10 +3,15 @@
 A forward pass moves a module's buffers by what it saw, and each rank (or shard) sees something else. Left alone, the
 ranks would evaluate different models. So every forward pass starts from the same buffers, its change is noted and taken
 back, and the changes travel with the gradients. Afterwards the buffers are what they were plus the mean change over the
-examples. An integer, such as a count of batches, changes by the same on every rank, and so it does in the mean.
+examples. An integer, such as a count of batches, changes by the same on every rank, and so it does in the mean. What a
+forward pass leaves as it is, such as a mask, stays so, whatever it holds; booleans are left to the module.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -18,32 +23,55 @@ class RunningStatistics:
     """The buffers of `module` as one stretch of a message: `size` numbers, the last one counts examples."""
 
     def __init__(self, module: Module) -> None:
-        self._module = module
-        self._before: list[Array] = []
-        total = sum(buffer.size for buffer in module.buffers())
+        self._owners = [part for part in module.modules() if part._buffer_names]
+        total = sum(buffer.size for buffer in self._buffers())
         self.size = total + 1 if total else 0
 
-    def begin(self) -> None:
-        """Before a forward pass in training mode: note where it starts from."""
-        self._before = [np.array(buffer) for buffer in self._module.buffers()]
+    @property
+    def training(self) -> bool:
+        """Whether a forward pass may move them."""
+        return any(part.training for part in self._owners)
 
-    def end(self, examples: float, message: Array) -> None:
-        """After it: add the change, weighed by `examples`, to `message`, and take it back."""
-        start = 0
-        for buffer, before in zip(self._module.buffers(), self._before, strict=True):
-            change = message[start : start + buffer.size].reshape(buffer.shape)
-            change += examples * (buffer - before)
-            buffer[...] = before
-            start += buffer.size
-        message[-1] += examples
+    @contextmanager
+    def kept_back(self, examples: float, message: Array) -> Iterator[None]:
+        """Around a forward pass: what it changes is added to `message`, weighed by `examples`, and taken back.
+
+        If it raises, it is taken back only.
+        """
+        before = [np.array(buffer) for buffer in self._buffers()]
+        changes = np.zeros_like(message)
+        try:
+            yield
+            for change, buffer, old in zip(self._parts(changes), self._buffers(), before, strict=True):
+                moved = buffer != old  # −∞ less −∞ is no number
+                change[moved] = examples * np.subtract(buffer[moved], old[moved], dtype=_signed(buffer.dtype))
+            changes[-1] = examples
+            message += changes
+        finally:
+            for buffer, old in zip(self._buffers(), before, strict=True):
+                buffer[...] = old
 
     def apply(self, message: Array) -> None:
         """Move the buffers by the mean change in a summed `message`."""
         examples = message[-1]
         if not examples:
             return
-        start = 0
-        for buffer in self._module.buffers():
-            change = message[start : start + buffer.size].reshape(buffer.shape) / examples
+        for part, buffer in zip(self._parts(message), self._buffers(), strict=True):
+            change = part / examples
             buffer += np.rint(change).astype(buffer.dtype) if buffer.dtype.kind in "iu" else change.astype(buffer.dtype)
+
+    def _buffers(self) -> list[Array]:
+        buffers = [part._buffer(name) for part in self._owners for name in part._buffer_names]
+        return [buffer for buffer in buffers if buffer.dtype.kind in "fiu"]
+
+    def _parts(self, message: Array) -> Iterator[Array]:
+        """What belongs to each buffer, in its shape."""
+        start = 0
+        for buffer in self._buffers():
+            yield message[start : start + buffer.size].reshape(buffer.shape)
             start += buffer.size
+
+
+def _signed(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """In which to take the difference of two numbers."""
+    return dtype if dtype.kind == "f" else np.dtype(np.float64)

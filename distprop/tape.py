@@ -37,8 +37,11 @@ VectorJacobianProduct: TypeAlias = Callable[[Array, Out], Sequence[Array | None]
 class BackwardPass(Protocol):
     """What a wrapper such as `DataParallel` wants to know of the backward passes through its model."""
 
-    def begin(self) -> float:
-        """Called before the walk; returns the weight of this pass, a factor for all of its gradients."""
+    def begin(self, first: BackwardPass | None) -> float:
+        """Called before the walk; returns the weight of this pass, a factor for all of its gradients.
+
+        `first` is whoever was asked before, in a walk through several models, whose weights have to be the same.
+        """
 
     def end(self) -> None:
         """Called when all gradients are there."""
@@ -132,7 +135,7 @@ def take_part(root: Node) -> None:
 
 
 def _common_weight(passes: tuple[BackwardPass, ...]) -> float:
-    weights = {listener.begin() for listener in passes}
+    weights = {listener.begin(passes[0] if number else None) for number, listener in enumerate(passes)}
     if len(weights) > 1:
         raise RuntimeError(
             "one backward pass goes through forward passes over different numbers of examples, in the proportion "

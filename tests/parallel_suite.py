@@ -11,7 +11,7 @@ from distprop import manual_seed, nn, no_grad, optim, tensor
 from distprop.comm import Communicator
 from distprop.data.loader import share
 from distprop.lane import MESSAGE_NUMBERS, ScheduleError
-from distprop.parallel import DataParallel
+from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.replicas import DivergenceError
 from distprop.tensor import Parameter, Tensor
 from scenario import Suite
@@ -101,6 +101,93 @@ def buffers_of_rank_0_count(comm: Communicator) -> None:
     for buffer in model.buffers():
         np.testing.assert_array_equal(buffer, np.zeros_like(buffer))
     assert model.batches.shape == ()
+
+
+class Buffered(nn.Module):
+    """Moves some of its buffers in every forward pass, and has others that stay as they are."""
+
+    def __init__(self) -> None:
+        self.linear = nn.Linear(4, 2, dtype=np.float64)
+        self.register_buffer("mask", np.where(np.tri(3) == 1, 0, -np.inf))
+        self.register_buffer("flags", np.array([True, False]))
+        self.register_buffer("count", np.array(250, np.uint8))
+        self.register_buffer("lowest", np.array([5.0, 0.0]))
+        self.fails = False
+
+    def forward(self, x: np.ndarray) -> Tensor:
+        self.count = self.count + np.uint8(2)
+        self.lowest[0] = 1.0
+        if self.fails:
+            raise RuntimeError("in the middle")
+        return self.linear(x)
+
+
+@suite.scenario()
+def buffers_of_any_kind_stay_or_move_as_in_one_process(comm: Communicator) -> None:
+    model = Buffered()
+    parallel = DataParallel(model, comm)
+    x, _ = rows(300)
+    for step in range(2):
+        parallel(x).mean().backward()
+        assert (int(model.count), model.lowest.tolist()) == (252 + 2 * step, [1.0, 0.0])
+        np.testing.assert_array_equal(model.mask, np.where(np.tri(3) == 1, 0, -np.inf))
+        assert model.flags.tolist() == [True, False]
+
+
+@suite.scenario()
+def a_forward_pass_that_raises_moves_no_buffer(comm: Communicator) -> None:
+    model = Buffered()
+    parallel = DataParallel(model, comm)
+    model.fails = True
+    with pytest.raises(RuntimeError, match="in the middle"):
+        parallel(np.ones((2, 4)))
+    assert (int(model.count), model.lowest.tolist()) == (250, [5.0, 0.0])
+    model.fails = False
+    parallel(np.ones((2, 4))).mean().backward()
+    assert int(model.count) == 252
+
+
+@suite.scenario()
+def statistics_survive_a_change_of_dtype_and_follow_any_module_that_trains(comm: Communicator) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    parallel = DataParallel(model, comm)
+    model.double()
+    parallel(rows(4 + comm.rank)[0]).mean().backward()
+    assert int(model[1].num_batches_tracked) == 1
+    model.eval()
+    model[1].train()
+    parallel(rows(4 + comm.rank)[0]).mean().backward()
+    assert int(model[1].num_batches_tracked) == 2
+    assert len(set(comm.allgather(model[1].running_mean.tobytes()))) == 1
+
+
+@suite.scenario()
+def statistics_do_not_move_with_a_gradient_that_is_not_finite(comm: Communicator) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=np.float64), nn.BatchNorm1d(4, dtype=np.float64))
+    parallel = DataParallel(model, comm)
+    x = np.full((4, 4), np.nan if comm.rank == 0 else 1.0)
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteGradientError):
+        parallel(x).mean().backward()
+    assert int(model[1].num_batches_tracked) == 0
+    np.testing.assert_array_equal(model[1].running_mean, np.zeros(4))
+
+
+@suite.scenario()
+def one_backward_pass_goes_through_two_models(comm: Communicator) -> None:
+    """As in a GAN; one of them has made reductions of its own before, so its expectation is another one."""
+    first, second = make_model(), nn.Linear(make_model()(rows(1)[0]).shape[1], 1, dtype=np.float64)
+    mine, total = uneven(comm)
+    x, _ = rows(total)
+    inner, outer = DataParallel(first, comm), DataParallel(second, comm)
+    outer(first(x[mine]).detach()).mean().backward()
+    for model in (first, second):
+        model.zero_grad()
+    outer(inner(x[mine])).mean().backward()
+    expected, last = make_model(), nn.Linear(second.in_features, 1, dtype=np.float64)
+    last.load_state_dict(second.state_dict())
+    last(expected(x)).mean().backward()
+    assert_gradients(first, gradients(expected))
+    assert_gradients(second, gradients(last))
 
 
 @suite.scenario()
