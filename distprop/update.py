@@ -74,7 +74,7 @@ class Update:
         Raises:
             NonFiniteLossError, NonFiniteGradientError: on every rank, and nothing has been updated.
         """
-        self.optimizer.zero_grad()
+        self.parallel.zero_grad()  # also those that are not the optimizer's: they are clipped together
         try:
             with self._health.looking(number):
                 if self.shards is None:

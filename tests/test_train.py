@@ -212,3 +212,23 @@ def test_a_number_of_batches_to_load_ahead_is_0_or_more():
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="prefetch must be 0 or more, got -1"):
         dp.Trainer(model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=1, prefetch=-1)
+
+
+def test_gradients_that_no_optimizer_updates_do_not_add_up_under_clipping(rng):
+    x = rng.normal(size=(8, 4))
+    data = ArrayDataset(x, 3 * x[:, :2])
+
+    def make():
+        manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+    model, expected = make(), make()
+    trained = optim.SGD(model[2].parameters(), lr=0.01)
+    dp.Trainer(model, F.mse_loss, trained, batch_size=8, clip_norm=1.0, progress=False).fit(data, steps=10)
+    optimizer = optim.SGD(expected[2].parameters(), lr=0.01)
+    for _ in range(10):
+        expected.zero_grad()
+        F.mse_loss(expected(x), 3 * x[:, :2]).backward()
+        optim.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+    np.testing.assert_allclose(model[2].weight.data, expected[2].weight.data, rtol=1e-12)
