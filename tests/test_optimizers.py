@@ -555,3 +555,53 @@ def test_two_ranks_with_uneven_shares_are_one(row):
     for p, q, expected in zip(one, other, alone, strict=True):
         np.testing.assert_array_equal(p, q)
         np.testing.assert_allclose(p, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [optim.LARS, optim.LAMB])
+def test_layers_adapt_one_by_one_from_the_step_on_at_which_they_are_told_to(kind, rng):
+    values = [rng.normal(size=3), rng.normal(size=(4, 2))]
+    gradients = [rng.normal(size=(2, 3)), rng.normal(size=(2, 4, 2))]
+    found = []
+    for apart in (False, True):
+        parameters = [Parameter(value.copy()) for value in values]
+        groups = [{"params": [p]} for p in parameters] if apart else [{"params": parameters}]
+        optimizer = kind(groups, lr=0.1, adapt=False)
+        for step in range(2):
+            for group in optimizer.param_groups:
+                group["adapt"] = step == 1
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient[step]
+            optimizer.step()
+        found.append([p.data for p in parameters])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-14)
+
+
+def test_a_schedule_state_for_a_schedule_without_one_changes_nothing():
+    parameter = Parameter(np.ones(2))
+    saved = optim.SGD([parameter], optim.ReduceOnPlateau(0.1), momentum=0.9).state_dict()
+    optimizer = optim.SGD([parameter], lambda step: 0.1, momentum=0.5)
+    with pytest.raises(
+        ValueError, match="a schedule's state, lr, best, bad, resting, for one that has no load_state_dict"
+    ):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_a_schedule_that_refuses_its_state_leaves_the_options_as_they_are():
+    class Picky:
+        def __call__(self, step):
+            return 0.1
+
+        def state_dict(self):
+            return {"place": 1}
+
+        def load_state_dict(self, state):
+            raise ValueError("not this place")
+
+    parameter = Parameter(np.ones(2))
+    saved = optim.SGD([parameter], Picky(), momentum=0.9).state_dict()
+    optimizer = optim.SGD([parameter], Picky(), momentum=0.5)
+    with pytest.raises(ValueError, match="not this place"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["momentum"] == 0.5

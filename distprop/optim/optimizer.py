@@ -124,10 +124,11 @@ class Optimizer:
         arrays, array_problems = loaded_arrays(state, self._members, names)
         if problems := problems + array_problems:
             raise ValueError(f"the state does not fit this {type(self).__name__}: {'; '.join(problems)}")
-        for group, loaded, saved in zip(self.param_groups, groups, state["param_groups"], strict=True):
-            group.update(loaded)
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
             if callable(group["lr"]) and isinstance(saved.get("lr"), Mapping):
-                group["lr"].load_state_dict(saved["lr"])
+                group["lr"].load_state_dict(saved["lr"])  # first: it may refuse
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.update(loaded)
         self.steps, self._missed = state["steps"], list(state["missed"])
         self._state.replace(arrays)
         self._laid_out_for = None
@@ -181,14 +182,17 @@ class Optimizer:
         kinds: dict[Hashable, int] = {}
         numbers = [kinds.setdefault(_kind(group), number) for number, group in enumerate(groups)]
         names = [self._state_names(group) for group in groups]
+        alone = [self._layerwise(group) for group in groups]
         decays = [group.get("weight_decay", 0.0) for group in groups]
         buffers = [parameter.buffer for parameter in self._members]
         trained = [parameter.requires_grad for parameter in self._members]
-        if (numbers, names, decays, buffers, trained) != self._laid_out_for:
-            self._cut(numbers, names, decays)
-            self._laid_out_for = (numbers, names, decays, buffers, trained)
+        if (numbers, names, alone, decays, buffers, trained) != self._laid_out_for:
+            self._cut(numbers, names, alone, decays)
+            self._laid_out_for = (numbers, names, alone, decays, buffers, trained)
 
-    def _cut(self, numbers: Sequence[int], names: Sequence[tuple[str, ...]], decays: Sequence[float]) -> None:
+    def _cut(
+        self, numbers: Sequence[int], names: Sequence[tuple[str, ...]], alone: Sequence[bool], decays: Sequence[float]
+    ) -> None:
         parameters, groups = self._members, self.param_groups
         group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
         self._frozen = [i for i, parameter in enumerate(parameters) if not parameter.requires_grad]
@@ -198,7 +202,6 @@ class Optimizer:
             [names[number] for number in group_of],
             lambda i, name: self._initial(groups[group_of[i]], name),
         )
-        alone = [self._layerwise(group) for group in groups]
         kind = [(numbers[n], self._missed[i], i if alone[n] else None) for i, n in enumerate(group_of)]
         self._sharers = sharers_of(parameters)
         self._plan = {}

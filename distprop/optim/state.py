@@ -51,6 +51,8 @@ def loaded_groups(
         rate, own_rate = saved.get("lr"), expected.get("lr")
         if isinstance(rate, Mapping) and isinstance(own_rate, Mapping) and set(rate) != set(own_rate):
             found.append(f"the schedule has {', '.join(own_rate)}; got {', '.join(rate)}")
+        if isinstance(rate, Mapping) and callable(group["lr"]) and not hasattr(group["lr"], "load_state_dict"):
+            found.append(f"a schedule's state, {', '.join(rate)}, for one that has no load_state_dict()")
         kept = ("params", "lr") if callable(group["lr"]) or isinstance(rate, Mapping) else ("params",)
         group.update({name: _like(group[name], saved[name]) for name in saved if name in group and name not in kept})
         try:
