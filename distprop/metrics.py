@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -168,6 +169,17 @@ def forget_after(run_dir: Path, step: int, name: str = METRICS) -> None:
     replacement = path.with_suffix(".partial")
     replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(replacement, path)
+
+
+def set_aside(run_dir: Path, name: str = METRICS) -> Path | None:
+    """Rename what a run that begins again has written, if anything; the new name."""
+    path = run_dir / name
+    if not path.exists() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}-before-{number}{path.suffix}") for number in itertools.count(1))
+    free = next(other for other in names if not other.exists())
+    os.replace(path, free)
+    return free
 
 
 def _step_of(line: str) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,20 @@ def compare_layout(module: Module, comm: Communicator) -> None:
             at = next((i for i in range(length) if other[i] != layouts[0][i]), length)
             first, second = (entries[at] if at < len(entries) else "nothing" for entries in (layouts[0], other))
             raise ValueError(f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}")
+
+
+def compare_settings(settings: Mapping[str, Any], comm: Communicator) -> None:
+    """Compare what all ranks have to agree in, such as the size of a batch. Collective.
+
+    Raises:
+        ValueError: they differ; names the first setting that does.
+    """
+    own = json.dumps({name: repr(value) for name, value in settings.items()})
+    first, *others = (json.loads(message) for message in comm.allgather(own.encode()))
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ValueError(f"the ranks differ in {name}: {value} on rank 0, {other[name]} on rank {rank}")
 
 
 def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicator, note: float) -> list[float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distprop import checkpoint
 from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator
-from distprop.metrics import forget_after
+from distprop.metrics import forget_after, set_aside
 from distprop.nn.module import Module
 from distprop.optim.optimizer import Optimizer
 from distprop.stopping import DISK_BYTES_PER_SECOND, Report
@@ -77,7 +77,12 @@ class RunCheckpoints:
                 print(f"resuming {self._run_dir} at step {found.step}", flush=True)
         step = found.step if found is not None else 0
         if resume and self._comm.rank == 0:
-            forget_after(self._run_dir, step)  # all, if the run did not come as far as a checkpoint
+            if found is not None:
+                forget_after(self._run_dir, step)
+            elif (aside := set_aside(self._run_dir)) is not None:
+                _warn(
+                    f"{self._run_dir} has no checkpoint to go on from and starts anew; its metrics are in {aside.name}"
+                )
         self._report.began(self._run_dir, step)
         if writes and self._comm.rank == 0:
             self._writer = self._new_writer(root, self._run_dir)

@@ -32,6 +32,7 @@ from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress
 from distprop.repeat import advise, repeating
+from distprop.replicas import compare_settings
 from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
 from distprop.stopping import REPORT, Report, StopRequest, resume_forced
@@ -236,6 +237,8 @@ class Trainer:
         """
         if epochs is None and steps is None:
             raise ValueError("fit() needs epochs or steps")
+        if not all(isinstance(number, int | None) for number in (epochs, steps)):
+            raise TypeError(f"epochs and steps are whole numbers, got {epochs!r} and {steps!r}")
         if (epochs or 0) < 0 or (steps or 0) < 0:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
         if validation is not None and not len(validation):
@@ -259,6 +262,7 @@ class Trainer:
         self._metrics = MetricsFile(self.run_dir, logs) if self.comm.rank == 0 else MetricsFile(None)
         self._fits += 1
         settings = self._settings(dataset, epochs, steps)
+        compare_settings({name: settings[name] for name in _OF_ALL_RANKS}, self.comm)
         if self._repeat is not None:
             self._repeat.check(self, settings)
         noted = session(self.run_dir, self.comm, settings)
@@ -445,6 +449,10 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
+
+
+# of `_settings`: ranks that differ in one of these would wait for each other, or see other examples than they should
+_OF_ALL_RANKS = ("examples", "epochs", "steps", "clip_norm", "seed", "batch_size", "shards", "accumulate")
 
 
 def _check_optimizer(optimizer: Optimizer, model: Module) -> None:

@@ -157,11 +157,18 @@ def test_a_new_run_does_not_write_into_the_folder_of_another(tmp_path: Path) -> 
         make_trainer(SoloCommunicator(), tmp_path)
 
 
-def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_at_the_beginning_and_keeps_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Interruption):
         make_trainer(SoloCommunicator(), tmp_path, callbacks=[interrupt_at(3)]).fit(dataset(), epochs=1)
+    before = (tmp_path / "metrics.jsonl").read_text()
     trainer = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert trainer.step == 0
+    assert "has no checkpoint to go on from and starts anew; its metrics are in metrics-before-1.jsonl" in (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "metrics-before-1.jsonl").read_text() == before != ""
     trainer.fit(dataset(), steps=2)
     assert trainer.step == 2
     steps = [line["step"] for line in lines(tmp_path) if "health" not in line]

@@ -397,6 +397,20 @@ def several_ranks_whose_loss_is_not_finite_are_counted(comm: Communicator) -> No
 # --- arguments
 
 
+@suite.scenario(min_size=2)
+def ranks_that_were_told_different_things_are_refused(comm: Communicator) -> None:
+    odd = comm.rank == comm.size - 1
+    for options, fit, examples, message in (
+        ({"batch_size": 8 + odd}, {"epochs": 1}, 32, f"batch_size: 8 on rank 0, 9 on rank {comm.size - 1}"),
+        ({}, {"epochs": 1 + odd}, 32, "epochs: 1 on rank 0, 2 on rank"),
+        ({}, {"epochs": 1}, 32 - odd, "examples: 32 on rank 0, 31 on rank"),
+    ):
+        trainer = make_trainer(comm, **options)
+        with pytest.raises(ValueError, match=f"the ranks differ in {message}"):
+            trainer.fit(classes(examples), **fit)
+        assert trainer.step == 0
+
+
 @suite.scenario()
 def arguments_out_of_range_are_refused(comm: Communicator) -> None:
     for options, message in (
@@ -418,6 +432,8 @@ def arguments_out_of_range_are_refused(comm: Communicator) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             trainer.fit(classes(8), **arguments)
+    with pytest.raises(TypeError, match=r"whole numbers, got 1\.5 and None"):
+        trainer.fit(classes(8), epochs=1.5)
     with pytest.raises(ValueError, match="the dataset is empty"):
         trainer.fit(classes(0), epochs=1)
     assert trainer.step == 0
