@@ -229,6 +229,9 @@ class Tensor:
     def __imul__(self, other: Operand) -> Tensor:
         return self if self._in_place(np.multiply, other) else self * other
 
+    def __itruediv__(self, other: Operand) -> Tensor:
+        return self if self._in_place(np.divide, other) else self / other
+
     def __neg__(self) -> Tensor:
         return _elementwise(-self.data, (self, np.negative))
 
@@ -369,7 +372,8 @@ class Tensor:
     def __getitem__(self, index: Any) -> Tensor:
         index = _plain_index(index)
         parts = index if isinstance(index, tuple) else (index,)
-        fancy = [np.asarray(part) for part in parts if isinstance(part, list | np.ndarray)]
+        plain = (slice, int, np.integer, type(None), type(Ellipsis))
+        fancy = [np.asarray(part) for part in parts if not isinstance(part, plain)]
         repeats = any(part.dtype != np.bool_ for part in fancy)  # a place may be taken twice
 
         def vjp(grad: Array, out: Out) -> list[Array]:

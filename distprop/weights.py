@@ -53,7 +53,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     try:
         return dict(load(Path(path).read_bytes()))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:  # the latter by NumPy, of a shape that no array can have
         raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
     except KeyError as error:  # what the library says of a type that it does not know
         raise WeightsError(

@@ -106,7 +106,9 @@ OPERATIONS = [
     Operation(F.silu, POINTWISE),
     Operation(F.sigmoid, POINTWISE),
     Operation(F.tanh, POINTWISE),
-    Operation(F.softplus, POINTWISE, [{}, {"beta": 3.0}, {"beta": 2.0, "threshold": 1.0}], kinks=(0.5,)),
+    Operation(
+        F.softplus, POINTWISE, [{}, {"beta": 3.0}, {"beta": -1.5}, {"beta": 2.0, "threshold": 1.0}], kinks=(0.5,)
+    ),
     Operation(F.softmax, ALONG_AXIS, [{"dim": -1}, {"dim": 1}]),
     Operation(F.softmax, [((5, 7),), ((1, 1),), ((2, 3, 4),)], [{"dim": 0}, {"dim": -2}], name="softmax over others"),
     Operation(F.log_softmax, ALONG_AXIS, [{"dim": -1}, {"dim": 1}]),

@@ -494,3 +494,14 @@ def test_a_module_list_takes_modules_only():
     with pytest.raises(TypeError, match="got a int for number 0"):
         layers[0] = 3
     assert len(layers) == 1
+
+
+def test_a_state_of_what_is_no_number_changes_nothing():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    state = {name: array + 1 for name, array in before.items()}
+    state["1.weight"] = np.zeros((1, 3), "V2")
+    with pytest.raises(ValueError, match=r"1\.weight: \|V2, not numbers"):
+        model.load_state_dict(state)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])

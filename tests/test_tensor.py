@@ -956,3 +956,21 @@ def test_two_leaves_and_the_caller_never_share_a_gradient():
     record(x.data, (x, y), lambda g, out: [KEPT.append(g * 1) or KEPT[-1][::-1][::-1], KEPT.pop()]).backward(seed)
     x.grad += 10
     assert (seed.sum(), y.grad.sum()) == (3, 6)
+
+
+@pytest.mark.parametrize("index", [(slice(None), (0, 0)), ((0, 0),), ([0, 0], 1), (np.array([0, 0]),), (0, (1, 1))])
+def test_a_place_that_an_index_takes_twice_gets_both_gradients(index):
+    x = tensor(np.arange(6.0).reshape(2, 3), requires_grad=True)
+    x[index].sum().backward()
+    expected = np.zeros((2, 3))
+    np.add.at(expected, index, 1)
+    np.testing.assert_array_equal(x.grad, expected)
+
+
+def test_division_in_place_under_no_grad():
+    w = Parameter(np.array([2.0, 4.0]))
+    before = w
+    with dp.no_grad():
+        w /= 2
+    assert w is before
+    assert w.data.tolist() == [1.0, 2.0]

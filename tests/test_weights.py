@@ -142,6 +142,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
             dp.load_state(path)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62], [1] * 70])
+def test_a_shape_that_no_array_has_is_refused(shape: list[int], tmp_path: Path) -> None:
+    size = 0 if 0 in shape else 4
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        dp.load_state(path)
+
+
 @pytest.mark.parametrize("offsets", [[0, 4096], [8, 0], [4, 12], [0, 4]])
 def test_a_file_that_lies_about_its_offsets_is_refused(offsets: list[int], tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()

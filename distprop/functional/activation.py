@@ -144,7 +144,7 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tens
         np.exp(np.negative(e, out=e), out=e)
         if not scaled.max(initial=-np.inf) <= threshold:  # rare, and a boolean factor takes three passes' time
             e *= scaled <= threshold
-        np.clip(x, 0, np.inf, out=out)
+        (np.maximum if beta > 0 else np.minimum)(x, 0, out=out)  # max(βx, 0)/β
         log1p = log1p_of(e)
         log1p *= 1 / beta
         out += log1p

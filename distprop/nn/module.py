@@ -103,7 +103,7 @@ class Module:
         own = self.state_dict()
         arrays = {name: np.asarray(value) for name, value in state.items()}
         problems = [
-            f"{name}: {array.dtype}, not numbers" for name, array in arrays.items() if array.dtype.kind in "OSU"
+            f"{name}: {array.dtype}, not numbers" for name, array in arrays.items() if array.dtype.kind not in "biuf"
         ]
         problems += [
             f"{name}: shape {arrays[name].shape}, expected {value.shape}"
