@@ -82,8 +82,8 @@ def plan(
     `timeout_seconds` is how long a rank may make no progress while others wait for it.
 
     Raises:
-        LaunchError: fewer than one rank, more than a Slurm job has slots, no such script or module, or no launcher that
-            belongs to the MPI library.
+        LaunchError: fewer than one rank, more than a Slurm job has slots or this host memory for, no such script or
+            module, or no launcher that belongs to the MPI library.
         HostsError: more ranks than slots, or hosts that cannot run the job.
         MPIMissingError: more than one rank, and no MPI library is installed.
     """
@@ -109,6 +109,12 @@ def plan(
     if ranks == 1:
         return Job(1, (sys.executable, *program), environment, f"1 rank on this host, without MPI, {threads}")
 
+    free = probe.free_memory()
+    if 0 < free < ranks * probe.RANK_BYTES:  # else the system would end some of them, or all that runs there
+        raise LaunchError(
+            f"-n {ranks}: {free >> 20} MiB of memory are free here, "
+            f"and {ranks} ranks with MPI take {probe.RANK_BYTES >> 20} MiB each"
+        )
     library = mpi.library()
     launcher = find_launcher(library)
     environment |= limit | {"DISTPROP_SIZE": str(ranks)}  # world() refuses a world of another size

@@ -23,6 +23,7 @@ import pytest
 
 from distprop import launch, launcher, processes, rank
 from distprop.comm.mpi import Library
+from distprop.hosts import probe
 from distprop.launcher import Launcher
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +126,18 @@ def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> Non
     assert job.environment["MPIR_CVAR_ENABLE_HEAVY_YIELD"] == "1"
     assert job.environment["OMP_NUM_THREADS"] == "1"
     assert job.advice == "5 ranks share 4 cores: correct, but slow"
+
+
+@pytest.mark.usefixtures("with_mpich")
+def test_more_ranks_than_the_memory_holds_are_refused(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "free_memory", lambda: 10**9)
+    assert launch.plan(9, [script]).ranks == 9
+    with pytest.raises(
+        launch.LaunchError, match="-n 10: 953 MiB of memory are free here, and 10 ranks with MPI take 100"
+    ):
+        launch.plan(10, [script])
+    monkeypatch.setattr(probe, "free_memory", lambda: 0)  # nobody can say
+    assert launch.plan(10, [script]).ranks == 10
 
 
 def test_intels_ranks_are_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:

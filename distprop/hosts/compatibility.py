@@ -16,9 +16,8 @@ from typing import Any
 from distprop.hosts.cluster import Cluster, cluster_of
 from distprop.hosts.hostfile import Host, HostsError, count
 from distprop.hosts.network import find_network
+from distprop.hosts.probe import RANK_BYTES
 from distprop.hosts.session import ask_all, connect_all
-
-RANK_BYTES = 100 * 2**20  # the least that a rank with MPI takes
 
 
 @dataclass(frozen=True)
