@@ -299,6 +299,8 @@ def _check_program(arguments: Sequence[str], module: bool) -> None:
     if not module:
         if not Path(name).is_file() and not Path(name, "__main__.py").is_file():
             raise LaunchError(f"no script {name} in {Path.cwd()}")
+        if name.endswith(".toml"):
+            raise LaunchError(f"{name} is a configuration, not a script: distprop train {name} -n ...")
         return
     from importlib.machinery import PathFinder
     from importlib.util import find_spec

@@ -9,6 +9,7 @@ other.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 import warnings
@@ -91,7 +92,8 @@ class DataParallel:
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
-        TypeError: by a call, when there is no array in the arguments or no tensor in the output.
+        TypeError: what is wrapped is no module; by a call, when there is no array in the arguments or no tensor in the
+            output.
         DivergenceError: parameters differ between ranks; names the first one and the ranks.
         ScheduleError: a rank is at another step.
         NonFiniteGradientError: by a backward pass; names the ranks and the first parameter on each.
@@ -108,6 +110,8 @@ class DataParallel:
         sharded_update: bool = False,
         passengers: Passengers | None = None,
     ) -> None:
+        if not isinstance(module, Module):
+            raise TypeError(f"DataParallel wraps a Module of distprop.nn, got {module!r}")
         if wire is not None and shards is not None:
             raise ValueError(
                 f"wire={wire!r} rounds what crosses the network, so the bits depend on the number of ranks; "
@@ -197,7 +201,7 @@ class DataParallel:
         The loss need not come from this model, or from anything: a rank without data passes a constant and 0. But a
         model whose operations are collectives, such as `SyncBatchNorm`, is called with an empty batch there.
         """
-        if examples < 0:
+        if not 0 <= examples < math.inf:
             raise ValueError(f"examples must be 0 or more, got {examples}")
         passes = loss.node.passes if loss.node is not None else ()
         if any(isinstance(p, _ForwardPass) and p.parallel is self for p in passes):

@@ -639,6 +639,18 @@ def a_model_with_nothing_to_train_is_refused(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def what_is_no_module_and_what_is_no_number_of_examples_is_refused(comm: Communicator) -> None:
+    for wrong in (nn.ReLU, lambda x: x, DataParallel(make_model(), comm)):
+        with pytest.raises(TypeError, match=r"DataParallel wraps a Module of distprop\.nn, got <"):
+            DataParallel(wrong, comm)
+    parallel = DataParallel(make_model(), comm)
+    loss = parallel(rows(2)[0]).mean()
+    for examples in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"examples must be 0 or more, got {examples}"):
+            parallel.backward(loss, examples=examples)
+
+
+@suite.scenario()
 def parameters_of_several_dtypes_are_refused(comm: Communicator) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2).double())
     with pytest.raises(TypeError, match="one dtype, got float32, float64"):

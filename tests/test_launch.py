@@ -173,6 +173,9 @@ def test_one_rank_is_python_itself(script: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_cannot_be_started_is_refused(script: str) -> None:
     with pytest.raises(launcher.LaunchError, match="1 rank or more"):
         launch.plan(0, [script])
+    Path(script).with_suffix(".toml").write_text("")
+    with pytest.raises(launcher.LaunchError, match=r"\.toml is a configuration, not a script: distprop train /"):
+        launch.plan(2, [str(Path(script).with_suffix(".toml"))])
     with pytest.raises(launcher.LaunchError, match=r"no script missing\.py in /"):
         launch.plan(2, ["missing.py"])
     with pytest.raises(launcher.LaunchError, match="no module named 'missing_package'"):
