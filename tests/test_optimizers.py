@@ -564,14 +564,15 @@ def test_layers_adapt_one_by_one_from_the_step_on_at_which_they_are_told_to(kind
     found = []
     for apart in (False, True):
         parameters = [Parameter(value.copy()) for value in values]
-        groups = [{"params": [p]} for p in parameters] if apart else [{"params": parameters}]
-        optimizer = kind(groups, lr=0.1, adapt=False)
+        optimizers = (
+            [kind([p], lr=0.1, adapt=False) for p in parameters] if apart else [kind(parameters, 0.1, adapt=False)]
+        )
         for step in range(2):
-            for group in optimizer.param_groups:
-                group["adapt"] = step == 1
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient[step]
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["adapt"] = step == 1
+                optimizer.step()
         found.append([p.data for p in parameters])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-14)
