@@ -64,13 +64,14 @@ class Node:
 
     def receive(self, gradient: Array) -> bool:
         """Add one consumer's gradient; tells whether it was the first."""
-        if self.grad is None:
-            self.grad = gradient
+        before, self.grad = self.grad, gradient
+        if before is None:
             return True
-        if _holders(self.grad) == _NOBODY_BUT_A_NODE:
-            self.grad += gradient
+        if _holders(before) == _NOBODY_ELSE:
+            before += gradient
+            self.grad = before
         else:
-            self.grad = self.grad + gradient
+            self.grad = before + gradient
         return False
 
 
@@ -213,13 +214,6 @@ def _holders_of_a_new_view() -> tuple[int, int, bool]:
     return _holders(gradient)
 
 
-def _holders_of_a_node_s_view() -> tuple[int, int, bool]:
-    """What `_holders` says of an array that only a node has."""
-    node = Node((), lambda grad, out: [], ())
-    node.grad = np.empty((1, 2)).T
-    return _holders(node.grad)
-
-
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Inside, operations are not recorded: no graph, no memory for it. Also works as a decorator."""
@@ -256,8 +250,8 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     return np.asarray(gradient.sum(axis=axes)).reshape(shape)
 
 
+_NOBODY_ELSE = (0, 0, True)
+_NOBODY_ELSE = _holders_of_a_new_view()
 _numbers = itertools.count()
-_NOBODY_ELSE = _NOBODY_BUT_A_NODE = (0, 0, True)
-_NOBODY_ELSE, _NOBODY_BUT_A_NODE = _holders_of_a_new_view(), _holders_of_a_node_s_view()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _observer: ContextVar[Callable[[Node | None], object] | None] = ContextVar("observer", default=None)
