@@ -23,14 +23,14 @@ class RunningStatistics:
     """The buffers of `module` as one stretch of a message: `size` numbers, the last one counts examples."""
 
     def __init__(self, module: Module) -> None:
-        self._owners = [part for part in module.modules() if part._buffer_names]
+        self._module = module
         total = sum(buffer.size for buffer in self._buffers())
         self.size = total + 1 if total else 0
 
     @property
     def training(self) -> bool:
         """Whether a forward pass may move them."""
-        return any(part.training for part in self._owners)
+        return any(part.training for part in self._module.modules())
 
     @contextmanager
     def kept_back(self, examples: float, message: Array) -> Iterator[None]:
@@ -42,7 +42,7 @@ class RunningStatistics:
         changes = np.zeros_like(message)
         try:
             yield
-            for change, buffer, old in zip(self._parts(changes), self._buffers(), before, strict=True):
+            for (buffer, change), old in zip(self._with_parts(changes), before, strict=True):
                 moved = buffer != old  # −∞ less −∞ is no number
                 change[moved] = examples * np.subtract(buffer[moved], old[moved], dtype=_signed(buffer.dtype))
             changes[-1] = examples
@@ -56,19 +56,18 @@ class RunningStatistics:
         examples = message[-1]
         if not examples:
             return
-        for part, buffer in zip(self._parts(message), self._buffers(), strict=True):
+        for buffer, part in self._with_parts(message):
             change = part / examples
             buffer += np.rint(change).astype(buffer.dtype) if buffer.dtype.kind in "iu" else change.astype(buffer.dtype)
 
     def _buffers(self) -> list[Array]:
-        buffers = [part._buffer(name) for part in self._owners for name in part._buffer_names]
-        return [buffer for buffer in buffers if buffer.dtype.kind in "fiu"]
+        return [buffer for buffer in self._module.buffers() if buffer.dtype.kind in "fiu"]
 
-    def _parts(self, message: Array) -> Iterator[Array]:
-        """What belongs to each buffer, in its shape."""
+    def _with_parts(self, message: Array) -> Iterator[tuple[Array, Array]]:
+        """Each buffer, and what belongs to it in a message, in its shape."""
         start = 0
         for buffer in self._buffers():
-            yield message[start : start + buffer.size].reshape(buffer.shape)
+            yield buffer, message[start : start + buffer.size].reshape(buffer.shape)
             start += buffer.size
 
 
