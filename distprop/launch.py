@@ -109,12 +109,8 @@ def plan(
     if ranks == 1:
         return Job(1, (sys.executable, *program), environment, f"1 rank on this host, without MPI, {threads}")
 
-    free = probe.free_memory()
-    if 0 < free < ranks * probe.RANK_BYTES:  # else the system would end some of them, or all that runs there
-        raise LaunchError(
-            f"-n {ranks}: {free >> 20} MiB of memory are free here, "
-            f"and {ranks} ranks with MPI take {probe.RANK_BYTES >> 20} MiB each"
-        )
+    if problem := other_hosts.short_of_memory(probe.free_memory(), ranks):
+        raise LaunchError(f"-n {ranks}: {problem}")
     library = mpi.library()
     launcher = find_launcher(library)
     environment |= limit | {"DISTPROP_SIZE": str(ranks)}  # world() refuses a world of another size

@@ -132,9 +132,7 @@ def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> Non
 def test_more_ranks_than_the_memory_holds_are_refused(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "free_memory", lambda: 10**9)
     assert launch.plan(9, [script]).ranks == 9
-    with pytest.raises(
-        launch.LaunchError, match="-n 10: 953 MiB of memory are free here, and 10 ranks with MPI take 100"
-    ):
+    with pytest.raises(launch.LaunchError, match="-n 10: 953 MiB of memory are free, and 10 ranks with MPI take 100"):
         launch.plan(10, [script])
     monkeypatch.setattr(probe, "free_memory", lambda: 0)  # nobody can say
     assert launch.plan(10, [script]).ranks == 10

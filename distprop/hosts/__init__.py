@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from distprop.hosts.cluster import Cluster, clock_is_off
-from distprop.hosts.compatibility import Survey, alive, check, survey
+from distprop.hosts.compatibility import Survey, alive, check, short_of_memory, survey
 from distprop.hosts.flags import forwarded, hydra_environment, hydra_flags, open_mpi_flags, passing_on
 from distprop.hosts.guard import Guard
 from distprop.hosts.hostfile import Host, HostsError, allot, parse_hosts, read_hostfile
@@ -29,5 +29,6 @@ __all__ = [
     "parse_hosts",
     "passing_on",
     "read_hostfile",
+    "short_of_memory",
     "survey",
 ]

@@ -16,8 +16,9 @@ from typing import Any
 from distprop.hosts.cluster import Cluster, cluster_of
 from distprop.hosts.hostfile import Host, HostsError, count
 from distprop.hosts.network import find_network
-from distprop.hosts.probe import RANK_BYTES
 from distprop.hosts.session import ask_all, connect_all
+
+RANK_BYTES = 100 * 2**20  # the least that a rank with MPI takes
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,14 @@ def _difference(mine: Mapping[str, Any], other: Mapping[str, Any], ranks: int) -
         if other["files"][name] != content:
             reason = other["files"][name]
             return f"{name}: {'not the file that is here' if re.fullmatch('[0-9a-f]{64}', reason) else reason}"
-    if 0 < other["memory"] < ranks * RANK_BYTES:
-        free = other["memory"] // 2**20
-        return f"{free} MiB of memory are free, and {count(ranks, 'rank')} with MPI take {RANK_BYTES >> 20} MiB each"
-    return ""
+    return short_of_memory(other["memory"], ranks)
+
+
+def short_of_memory(free: int, ranks: int) -> str:
+    """Why so many ranks do not fit into so many bytes of free memory, or ""; 0 stands for a host that cannot say."""
+    if not 0 < free < ranks * RANK_BYTES:
+        return ""
+    return f"{free >> 20} MiB of memory are free, and {count(ranks, 'rank')} with MPI take {RANK_BYTES >> 20} MiB each"
 
 
 def _identity(facts: Mapping[str, Any]) -> tuple[object, ...]:

@@ -27,7 +27,6 @@ from typing import Any
 
 MARK = "distprop-host "
 CONNECT_SECONDS = 3.0  # to an address that does not answer
-RANK_BYTES = 100 * 2**20  # the least that a rank with MPI takes
 
 
 def main() -> None:
