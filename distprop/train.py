@@ -243,6 +243,8 @@ class Trainer:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
         if validation is not None and not len(validation):
             raise ValueError("fit() got an empty validation set")
+        told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
+        compare_settings(told | self._identity(), self.comm)
         if not self._resumed:
             self._fit_began = (self.epoch, self.step)
         self._resumed = False
@@ -262,7 +264,6 @@ class Trainer:
         self._metrics = MetricsFile(self.run_dir, logs) if self.comm.rank == 0 else MetricsFile(None)
         self._fits += 1
         settings = self._settings(dataset, epochs, steps)
-        compare_settings({name: settings[name] for name in _OF_ALL_RANKS}, self.comm)
         if self._repeat is not None:
             self._repeat.check(self, settings)
         noted = session(self.run_dir, self.comm, settings)
@@ -449,10 +450,6 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
-
-
-# of `_settings`: ranks that differ in one of these would wait for each other, or see other examples than they should
-_OF_ALL_RANKS = ("examples", "epochs", "steps", "clip_norm", "seed", "batch_size", "shards", "accumulate")
 
 
 def _check_optimizer(optimizer: Optimizer, model: Module) -> None:
