@@ -171,8 +171,8 @@ def forget_after(run_dir: Path, step: int, name: str = METRICS) -> None:
     os.replace(replacement, path)
 
 
-def set_aside(run_dir: Path, name: str = METRICS) -> Path | None:
-    """Rename what a run that begins again has written, if anything; the new name."""
+def set_aside(run_dir: Path, name: str) -> Path | None:
+    """Rename a file that a run which begins again has written before, if there is one; the new path."""
     path = run_dir / name
     if not path.exists() or not path.stat().st_size:
         return None

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from distprop import checkpoint
 from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator
-from distprop.metrics import forget_after, set_aside
+from distprop.fingerprint import FINGERPRINTS
+from distprop.metrics import METRICS, forget_after, set_aside
 from distprop.nn.module import Module
 from distprop.optim.optimizer import Optimizer
 from distprop.stopping import DISK_BYTES_PER_SECOND, Report
@@ -79,10 +80,8 @@ class RunCheckpoints:
         if resume and self._comm.rank == 0:
             if found is not None:
                 forget_after(self._run_dir, step)
-            elif (aside := set_aside(self._run_dir)) is not None:
-                _warn(
-                    f"{self._run_dir} has no checkpoint to go on from and starts anew; its metrics are in {aside.name}"
-                )
+            elif aside := [path.name for name in (METRICS, FINGERPRINTS) if (path := set_aside(self._run_dir, name))]:
+                _warn(f"{self._run_dir} has no checkpoint to go on from and starts anew; before: {', '.join(aside)}")
         self._report.began(self._run_dir, step)
         if writes and self._comm.rank == 0:
             self._writer = self._new_writer(root, self._run_dir)

@@ -162,13 +162,15 @@ def test_resuming_without_a_checkpoint_starts_at_the_beginning_and_keeps_what_wa
 ) -> None:
     with pytest.raises(Interruption):
         make_trainer(SoloCommunicator(), tmp_path, callbacks=[interrupt_at(3)]).fit(dataset(), epochs=1)
-    before = (tmp_path / "metrics.jsonl").read_text()
+    before, hashes = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / FINGERPRINTS).read_bytes()
     trainer = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert trainer.step == 0
-    assert "has no checkpoint to go on from and starts anew; its metrics are in metrics-before-1.jsonl" in (
-        capsys.readouterr().err
+    said = (
+        "has no checkpoint to go on from and starts anew; before: metrics-before-1.jsonl, fingerprints-before-1.jsonl"
     )
+    assert said in capsys.readouterr().err
     assert (tmp_path / "metrics-before-1.jsonl").read_text() == before != ""
+    assert (tmp_path / "fingerprints-before-1.jsonl").read_bytes() == hashes != b""
     trainer.fit(dataset(), steps=2)
     assert trainer.step == 2
     steps = [line["step"] for line in lines(tmp_path) if "health" not in line]
