@@ -44,7 +44,7 @@ Calls = dict[str, tuple[int, Callable[[], object]]]  # by what they do: how many
 def elementwise() -> Calls:
     """One pass over a million numbers, in pieces."""
     x, y, z, zero = noise(PIECE), noise(PIECE), noise(PIECE), np.zeros((), np.float32)
-    memory, more = noise(MILLION), noise(MILLION)
+    memory, more, chosen = noise(MILLION), noise(MILLION), noise(PIECE) > 1
     pieces = [slice(start, start + PIECE) for start in range(0, MILLION, PIECE)]
     coefficients, powers, polynomials = noise(3, 4), noise(4, PIECE), noise(3, PIECE)
 
@@ -56,6 +56,7 @@ def elementwise() -> Calls:
         "a product, x read from memory": each(lambda piece: np.multiply(memory[piece], y, out=z)),
         "a product, written to memory": each(lambda piece: np.multiply(x, y, out=more[piece])),
         "a maximum": each(lambda piece: np.maximum(x, zero, out=z)),
+        "a choice, np.where": each(lambda piece: np.where(chosen, x, y)),
         "a comparison": each(lambda piece: np.greater(x, zero)),
         "a quotient": each(lambda piece: np.divide(x, y, out=z)),
         "exp": each(lambda piece: np.exp(x, out=z)),

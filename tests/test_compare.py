@@ -73,7 +73,7 @@ def test_a_profile_names_the_layers_and_what_was_wrong_with_the_command() -> Non
 
 
 def test_passes_of_numpy_are_timed(capsys) -> None:
-    passes.main(turns=3)
+    passes.main(turns=9)
     lines = capsys.readouterr().out.splitlines()
     times = {line[:68].rstrip(): float(line[68:].removesuffix("ms")) for line in lines}
     assert len(times) == len(lines)

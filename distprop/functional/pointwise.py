@@ -6,8 +6,8 @@ in the second-level cache, and only the last one of each formula writes to memor
 `rowwise` does the same for whole rows.
 
 Formulas are made of arithmetic, exp, log and tanh, for which NumPy has vector routines on every processor. expm1 and
-log1p have them with AVX-512 only and take twenty times as long elsewhere; np.where and np.maximum(x, 0) take five times
-as long as arithmetic, also as np.clip(x, 0, np.inf).
+log1p have them with AVX-512 only and take twenty times as long elsewhere; np.maximum(x, 0) takes twice as long as
+arithmetic, np.where many times as long (`benchmarks/passes.py`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = Fals
     The result has the memory layout of x, so channels-last images stay so.
     """
     data = _compact(x.data)
-    y = aligned_like(data)
-    kept = _keep(x, data) if keep else data
-    in_pieces(value, data, *((y, kept) if keep else (y,)), size=piece)
+    y, *kept = _outputs(x, data, keep)
+    in_pieces(value, data, y, *kept, size=piece)
+    saved = kept[0] if keep else data
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         gradient = like(y, out[0])
-        in_pieces(derivative, laid_out_as(y, grad), kept, y, gradient)
+        in_pieces(derivative, laid_out_as(y, grad), saved, y, gradient)
         return [gradient]
 
     return record(y, (x,), vjp)
@@ -52,14 +52,14 @@ def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = Fals
 def rowwise(x: Tensor, dim: int, value: Value, derivative: Derivative, keep: bool = False) -> Tensor:
     """`pointwise` for functions of the rows along `dim`: they get matrices `(rows, length)`."""
     data = np.ascontiguousarray(np.moveaxis(x.data, dim, -1))
-    y = aligned_like(data)
-    kept = _keep(x, data) if keep else data
-    in_rows(value, data, *((y, kept) if keep else (y,)))
+    y, *kept = _outputs(x, data, keep)
+    in_rows(value, data, y, *kept)
+    saved = kept[0] if keep else data
     last = dim in (-1, x.ndim - 1)
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         gradient = like(y, out[0] if last else None)
-        in_rows(derivative, np.ascontiguousarray(np.moveaxis(grad, dim, -1)), kept, y, gradient)
+        in_rows(derivative, np.ascontiguousarray(np.moveaxis(grad, dim, -1)), saved, y, gradient)
         return [gradient if last else np.moveaxis(gradient, -1, dim)]
 
     return record(np.moveaxis(y, -1, dim), (x,), vjp)
@@ -109,9 +109,12 @@ def row_sums(matrix: Array) -> Array:
     return np.vecdot(matrix, np.ones(matrix.shape[-1], matrix.dtype))[:, None]
 
 
-def _keep(x: Tensor, data: Array) -> Array | None:
-    """Room for what the derivative needs, one number for each of `data`, if there is going to be a derivative."""
-    return aligned_like(data) if gradients_needed((x,)) else None
+def _outputs(x: Tensor, data: Array, keep: bool) -> tuple[Array, *tuple[Array | None, ...]]:
+    """Room for y, and with `keep` for what the derivative needs, which is None where there is going to be none."""
+    y = aligned_like(data)
+    if not keep:
+        return (y,)
+    return y, aligned_like(data) if gradients_needed((x,)) else None
 
 
 def _in_blocks(function: Callable[..., Any], count: int, step: int, arrays: Sequence[Array | None]) -> None:
