@@ -148,7 +148,9 @@ def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def requeue(advanced: bool) -> bool:
-    """Put this job, which has stopped early, back into the queue; says so, or why not. Slurm then ends this process.
+    """Put this job, which has stopped early, back into the queue; says so, or why not.
+
+    Slurm then kills this process, perhaps before it hears that Slurm agrees: so it is said before.
 
     `advanced` says whether it has a newer checkpoint than it began with. Otherwise it is not started again: without
     checkpoints, or with a time limit that is too short for a single step, it would start for ever.
@@ -164,9 +166,9 @@ def requeue(advanced: bool) -> bool:
     state = _ask("squeue", "--noheader", "--format=%T", f"--jobs={job}")
     if state != "RUNNING":
         return _say(f"job {job} is not requeued: Slurm says {state or 'that it has ended'}")
+    _say(f"job {job} goes back into the queue, and on from its checkpoint when Slurm starts it again")
     if refusal := _ask("scontrol", "requeue", job):
         return _say(f"job {job} could not be requeued: {refusal}")
-    _say(f"job {job} is requeued, and goes on from its checkpoint when Slurm starts it again")
     return True
 
 

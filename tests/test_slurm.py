@@ -6,6 +6,8 @@ The same on a real Slurm is in tests/cluster/test_slurm.py.
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -248,7 +250,15 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_job_that_got_further_is_requeued(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert slurm.requeue(advanced=True)
     assert asked.read_text().splitlines()[-1] == "scontrol requeue 12"
-    assert "job 12 is requeued" in capsys.readouterr().err
+    assert "job 12 goes back into the queue" in capsys.readouterr().err
+
+
+def test_a_job_that_slurm_kills_at_once_has_said_that_it_is_requeued(asked: Path) -> None:
+    (asked.parent / "scontrol").write_text("#!/bin/sh\nkill -9 $PPID\n")
+    code = "from distprop import slurm; slurm.requeue(advanced=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert "job 12 goes back into the queue" in done.stderr
 
 
 def test_a_task_of_an_array_is_requeued_alone(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_a_preemption_signal_writes_a_checkpoint_and_the_requeued_job_goes_on(
 ) -> None:
     job = submit_training(batch_of_each)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True, timeout=60)
-    job.wait_for_output(f"distprop: job {job.number} is requeued")
+    job.wait_for_output(f"distprop: job {job.number} goes back into the queue")
     assert "distprop: SIGUSR1: stopped after step" in job.output()
     job.start_again()
     assert_went_on(job, undisturbed)
@@ -177,7 +177,7 @@ def test_before_the_time_limit_it_writes_a_checkpoint_and_the_requeued_job_goes_
     batch: Batch, undisturbed: bytes
 ) -> None:
     job = submit_training(batch, "--time=1", slow=2)  # 50 s; Slurm looks at limits every 30 s
-    job.wait_for_output(f"distprop: job {job.number} is requeued")
+    job.wait_for_output(f"distprop: job {job.number} goes back into the queue")
     assert "distprop: SIGUSR1: stopped after step" in job.output()
     job.start_again()
     assert_went_on(job, undisturbed)
@@ -196,7 +196,7 @@ def test_a_cancelled_job_is_not_requeued_leaves_nothing_running_and_a_whole_chec
     job.wait_for(lambda: any((job.folder / "run/checkpoints").glob("step-*5")), "the checkpoint of step 5")
     subprocess.run(["scancel", job.number], check=True, timeout=60)
     output = job.finish("CANCELLED")
-    assert "is requeued" not in output
+    assert "back into the queue" not in output
     assert job.says("Restarts") == "0"
     job.wait_for(lambda: not running(str(job.folder)), "the end of its processes")
     assert checkpoint.newest(job.folder / "run/checkpoints", pytest.fail).step >= 5
