@@ -30,8 +30,7 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not jobs" --ignore tests/cluster
-	$(BIN)/python -m pytest -m jobs --ignore tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster
 
 parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
@@ -49,7 +48,7 @@ test-impi: .venv-impi/.test-installed
 test-debian-openmpi test-debian-mpich: .venv-debian/.test-installed
 $(MPIS:%=test-%):
 	$(ENVIRONMENT)/bin/python tests/mpirun.py $(RANKS)
-	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest $(addprefix tests/,$(TESTS)))
+	$(if $(TESTS),$(ENVIRONMENT)/bin/python -m pytest -n 2 $(addprefix tests/,$(TESTS)))
 
 ENVIRONMENT = $(@:test-%=.venv-%)
 test-debian-%: ENVIRONMENT = .venv-debian

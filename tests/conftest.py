@@ -19,19 +19,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest.register_assert_rewrite("communicator_suite", "norm_suite", "parallel_suite", "split_invariance", "train_suite")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Mark tests of MPI jobs: they have time limits and run with nothing else beside them.
-
-    With `pytest -n 2 --dist loadgroup`, modules that start other processes stay together, for what their fixtures make.
-    """
-    for item in items:
-        module = vars(getattr(item, "module", pytest))
-        if "needs_mpi" in module:
-            item.add_marker(pytest.mark.jobs)
-        elif "subprocess" in module and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(module["__name__"]))
-
-
 @pytest.fixture(autouse=True)
 def fresh_randomness():
     """Every test starts with seed 0, whatever ran before it."""
