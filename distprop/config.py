@@ -19,12 +19,12 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import msgspec
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e38)]  # what float32 holds
 Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
@@ -143,19 +143,30 @@ def _explain(message: str) -> str:
     text, _, path = message.partition(" - at ")
     place = path.strip("`").removeprefix("$").removeprefix(".")
     if match := re.search(r"unknown field `(.*)`", text):
-        known = _keys(place)
-        near = difflib.get_close_matches(match[1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return f"{f'{place}.' if place else ''}{match[1]}: unknown key; {hint}"
+        known = list(_SECTIONS[place].__struct_fields__)
+        return f"{f'{place}.' if place else ''}{match[1]}: unknown key; {_suggest(match[1], known)}"
+    if match := re.search(r"Invalid enum value (.*)", text):
+        section, _, key = place.partition(".")
+        return f"{place}: cannot be {match[1]}; {_suggest(match[1], _choices(_SECTIONS[section], key))}"
     return f"{place or 'the file'}: {text[0].lower()}{text[1:]}"
 
 
-def _keys(section: str) -> list[str]:
-    sections: Mapping[str, type[msgspec.Struct]] = {
-        "": Config,
-        "data": Data,
-        "model": Model,
-        "optim": Optim,
-        "train": Train,
-    }
-    return list(sections[section].__struct_fields__)
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.strip("'"), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _choices(section: type[msgspec.Struct], key: str) -> list[str]:
+    """The words that a key may be, from its type, which is a Literal or one or None."""
+    hint = get_type_hints(section)[key]
+    values = [value for part in get_args(hint) for value in get_args(part) or [part]]
+    return [value for value in values if isinstance(value, str)]
+
+
+_SECTIONS: Mapping[str, type[msgspec.Struct]] = {
+    "": Config,
+    "data": Data,
+    "model": Model,
+    "optim": Optim,
+    "train": Train,
+}

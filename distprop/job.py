@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
@@ -106,6 +108,10 @@ def prepare(config: Config) -> Task:
         ConfigError: the configuration does not fit the data.
     """
     train_set, test_set = load_data(config.data)
+    if test_set is not None and test_set.x.shape[1:] != train_set.x.shape[1:]:
+        raise ConfigError(
+            f"data.test: its examples are of shape {test_set.x.shape[1:]}, those of data.train {train_set.x.shape[1:]}"
+        )
     manual_seed(config.train.seed)
     regression = config.train.loss != "cross_entropy"
     if regression and train_set.y.dtype.kind != "f":
@@ -164,11 +170,14 @@ def build_optimizer(config: Optim, model: nn.Module, steps: int) -> optim.Optimi
 
 def _load_npz(path: Path) -> ArrayDataset:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]
-    except (OSError, ValueError, KeyError) as error:
+            dataset = ArrayDataset(x.astype(np.float32), y.astype(np.float32) if y.dtype.kind == "f" else y)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is not a .npz file with arrays x and y: {error}") from error
-    return ArrayDataset(x.astype(np.float32), y.astype(np.float32) if y.dtype.kind == "f" else y)
+    if not len(dataset):
+        raise ConfigError(f"{path} has no examples")
+    return dataset
 
 
 def _prepare_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
@@ -191,8 +200,11 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
     if config.train.run_dir is None and run_dir.exists():
         taken = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
         run_dir = next(path for path in taken if not path.exists())
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.toml")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.toml")
+    except OSError as error:
+        raise ConfigError(f"train.run_dir: cannot write to {run_dir}: {error.strerror}") from error
     return str(run_dir).encode()
 
 

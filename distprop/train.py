@@ -187,6 +187,7 @@ class Trainer:
             )
         self._best_loss = math.inf
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
+        self._examples: int | None = None  # of the dataset that the present epoch goes through
         self._report = Report(os.environ.get(REPORT) if self.comm.rank == 0 else None)
         self._stop_request = StopRequest()
         self._checkpoints = RunCheckpoints(model, optimizer, self.comm, self.run_dir, self._identity(), self._report)
@@ -252,10 +253,12 @@ class Trainer:
             dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards,
             prefetch=self._prefetch,
         )  # fmt: skip
-        if self.batch > len(loader):
+        if self.batch and self._examples not in (None, len(dataset)):
             raise ValueError(
-                f"training stands at batch {self.batch} of its epoch, but {len(dataset)} examples have fewer"
+                f"training stands at batch {self.batch} of an epoch over {self._examples} examples; "
+                f"the rest of it is not in a dataset of {len(dataset)}"
             )
+        self._examples = len(dataset)
         last_epoch = math.inf if epochs is None else self._fit_began[0] + epochs
         last_step = math.inf if steps is None else self._fit_began[1] + steps
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
@@ -407,6 +410,7 @@ class Trainer:
             "epoch_sums": self._sums.as_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "fit_began": list(self._fit_began),
+            "examples": self._examples,
             "expected_examples": self.parallel.expected_examples,
             "health": self._health.state(),
             "diagnosis": self._diagnosis.state(),
@@ -423,6 +427,7 @@ class Trainer:
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
+        self._examples = state.get("examples")
         if "health" in state:
             self._health.restore(state["health"])
             self._diagnosis.restore(state["diagnosis"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from distprop.cli import main
-from distprop.config import Config, ConfigError, load_config, save_config
-from distprop.job import build_model, build_optimizer
+from distprop.config import Config, ConfigError, Data, load_config, save_config
+from distprop.job import build_model, build_optimizer, prepare
 
 
 @pytest.fixture
@@ -53,7 +54,13 @@ def test_a_setting_changes_one_value(toml: Path, setting: str, expected: object)
         ("optim.lr=-1", r"optim\.lr: expected `float` >= 0"),
         ("model.hidden=[8, 0]", r"model\.hidden.*expected `int` >= 1"),
         ("model.dropout=1.0", r"model\.dropout: expected `float` < 1"),
-        ("model.activation=relo", r"model\.activation: invalid enum value 'relo'"),
+        ("optim.lr=inf", r"optim\.lr: expected `float` <= 1e\+38"),
+        ("model.activation=relo", r"model\.activation: cannot be 'relo'; did you mean relu\?"),
+        (
+            "optim.name=xyzzy",
+            r"optim\.name: cannot be 'xyzzy'; there are sgd, adam, adamw, rmsprop, adagrad, lars, lamb",
+        ),
+        ("train.wire=f16", r"train\.wire: cannot be 'f16'; did you mean [bf]*p?f?16\?"),
         ("train.epochs=2.5", r"train\.epochs: expected `int`, got `float`"),
         ("train.epochs.x=2", r"epochs is a value, not a section"),
         ("optim", r"section\.key=value"),
@@ -167,7 +174,71 @@ def test_data_from_npz_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     answer = CliRunner().invoke(main, ["train", "r.toml", "--set", "train.loss=cross_entropy"])
     assert answer.exit_code == 2
     assert "cross_entropy needs integer labels, not float32" in answer.output
-    (tmp_path / "bad.npz").write_text("nothing")
-    answer = CliRunner().invoke(main, ["train", "r.toml", "--set", "data.train=bad.npz"])
-    assert answer.exit_code == 2
-    assert "bad.npz is not a .npz file with arrays x and y" in answer.output
+
+
+def _text(path: Path) -> None:
+    path.write_text("nothing")
+
+
+def _truncated(path: Path) -> None:
+    np.savez(path, x=np.zeros((40, 3)), y=np.zeros(40, int))
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def _damaged(path: Path) -> None:
+    np.savez_compressed(path, x=np.arange(120.0).reshape(40, 3), y=np.zeros(40, int))
+    content = bytearray(path.read_bytes())
+    content[150:180] = bytes(30)
+    path.write_bytes(content)
+
+
+def _array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros((40, 3)))
+
+
+def _lengths(path: Path) -> None:
+    np.savez(path, x=np.zeros((40, 3)), y=np.zeros(39, int))
+
+
+def _nothing(path: Path) -> None:
+    np.savez(path, x=np.zeros((0, 3)), y=np.zeros(0, int))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_text, "is not a .npz file with arrays x and y"),
+        (_truncated, "is not a .npz file with arrays x and y"),
+        (_damaged, "is not a .npz file with arrays x and y"),
+        (_array, "is not a .npz file with arrays x and y"),
+        (_lengths, "the leading axes must be equal"),
+        (_nothing, "has no examples"),
+    ],
+)
+def test_a_file_that_holds_no_examples_is_named(
+    write: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "bad.npz")
+    (tmp_path / "r.toml").write_text('[data]\nname = "npz"\ntrain = "bad.npz"\n')
+    answer = CliRunner().invoke(main, ["train", "r.toml"])
+    assert answer.exit_code == 2, answer.exception
+    assert "bad.npz" in answer.output
+    assert message in answer.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_examples_of_another_shape_for_validation_are_refused(tmp_path: Path) -> None:
+    for name, columns in (("train", 3), ("test", 4)):
+        np.savez(tmp_path / name, x=np.zeros((8, columns)), y=np.zeros(8, int))
+    data = Data(name="npz", train=str(tmp_path / "train.npz"), test=str(tmp_path / "test.npz"))
+    with pytest.raises(ConfigError, match=r"data\.test: its examples are of shape \(4,\), those of data.train \(3,\)"):
+        prepare(Config(data=data))
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path, toml: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    answer = CliRunner().invoke(main, ["train", str(toml), "--set", f"train.run_dir={tmp_path / 'taken'}"])
+    assert answer.exit_code == 2, answer.exception
+    assert f"train.run_dir: cannot write to {tmp_path / 'taken'}: File exists" in answer.output

@@ -255,3 +255,19 @@ def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: i
         assert array.tobytes() == found.tensors["model"][name].tobytes()
     assert lines(run_dir) == lines(tmp_path / "whole")
     assert (run_dir / FINGERPRINTS).read_bytes() == (tmp_path / "whole" / FINGERPRINTS).read_bytes()
+
+
+def test_the_rest_of_an_epoch_is_not_looked_for_in_a_dataset_of_another_size(tmp_path: Path) -> None:
+    comm, longer = (
+        dp.comm.SoloCommunicator(),
+        dp.data.ArrayDataset(*(np.tile(a, (2,) + (1,) * (a.ndim - 1)) for a in dataset().arrays)),
+    )
+    make_trainer(comm, tmp_path).fit(dataset(), steps=5)
+    trainer = make_trainer(comm, tmp_path, resume=True)
+    before = parameters(trainer)
+    with pytest.raises(ValueError, match=rf"stands at batch 5 of an epoch over {ROWS} examples.*dataset of {2 * ROWS}"):
+        trainer.fit(longer, steps=8)
+    assert parameters(trainer) == before
+    trainer.fit(dataset(), epochs=1)
+    assert trainer.batch == 0
+    trainer.fit(longer, epochs=1)  # a new epoch may have other examples
