@@ -36,6 +36,7 @@ from distprop.launcher import (
     mca,
     open_mpi_flags,
     open_mpi_folders,
+    open_mpi_folders_of_hosts,
 )
 from distprop.panel import RESTORE
 from distprop.processes import Stop, exit_status, tether, wait
@@ -219,8 +220,9 @@ def _run_guarded(
 ) -> int:
     vendor, marker, witness = job.launcher.vendor if job.launcher else "", guard.marker, Witness()
     of_this_run, command = {**witness.environment, "DISTPROP_JOB": marker}, list(job.command)
-    if vendor == "openmpi" and not job.hosts and not job.elsewhere:
-        of_this_run |= open_mpi_folders(witness.folder)
+    if vendor == "openmpi":
+        alone = not job.hosts and not job.elsewhere
+        of_this_run |= open_mpi_folders(witness.folder) if alone else open_mpi_folders_of_hosts(marker)
     if job.hosts:
         of_this_run["DISTPROP_SIGN"] = guard.sign
         known = {**os.environ, **job.environment}  # whose names the planned command has

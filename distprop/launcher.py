@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from distprop.comm import mpi
 from distprop.hosts import probe
+from distprop.rank import DAEMONS
 
 
 class LaunchError(Exception):
@@ -147,20 +149,26 @@ def open_mpi_flags(major: int, ranks: int, oversubscribed: bool, reads_peers: bo
 def open_mpi_folders(folder: Path) -> dict[str, str]:
     """Has Open MPI keep its files in `folder`, which is removed with what a killed launcher leaves there.
 
-    Version 5 names them after the launcher's process number: where one with the same number was killed, it would end at
-    once with "The PMIx server's listener thread failed to start" (213). What it shares, 8 to 32 MB, would stay as well.
+    Version 5 names them after the process numbers of its launcher and daemons: where one with the same number was
+    killed, it would end at once with "The PMIx server's listener thread failed to start" (213), or a daemon without a
+    word. What it shares, 8 to 32 MB, would stay as well.
     """
     own = folder / "mpi"  # not beside the records, all of which are read several times a second
     own.mkdir()
-    return {name: str(own) for name in _OPEN_MPI_FOLDERS if name not in os.environ}
+    return {name: str(own) for name in (*_OPEN_MPI_FILES, *_OPEN_MPI_SHARED) if name not in os.environ}
 
 
-_OPEN_MPI_FOLDERS = (
-    "PRTE_MCA_prte_tmpdir_base",  # 5
-    "OMPI_MCA_btl_sm_backing_directory",
-    "OMPI_MCA_orte_tmpdir_base",  # 4.1
-    "OMPI_MCA_btl_vader_backing_directory",
-)
+def open_mpi_folders_of_hosts(job: str) -> dict[str, str]:
+    """The same for the daemons of a job on several hosts, each of which makes a folder of this name, and leaves it.
+
+    It is empty then; a later job's ranks remove it.
+    """
+    own = str(Path(tempfile.gettempdir(), f"distprop-daemons.{job}"))
+    return {DAEMONS: own, **{name: own for name in _OPEN_MPI_FILES if name not in os.environ}}
+
+
+_OPEN_MPI_FILES = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")  # 5, 4.1
+_OPEN_MPI_SHARED = ("OMPI_MCA_btl_sm_backing_directory", "OMPI_MCA_btl_vader_backing_directory")
 
 
 def may_read_peers() -> bool:

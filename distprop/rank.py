@@ -6,6 +6,7 @@ killed, but not all do so when one raises before MPI is started (MPICH), or exit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import io
@@ -18,12 +19,14 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+DAEMONS = "DISTPROP_DAEMONS"  # the folder of Open MPI's daemons, distprop-daemons.JOB on each of several hosts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
     """Run `sys.argv[1:]`, a script or `-m module` with its arguments; a failure ends the whole job."""
     _die_with_launcher()
+    _remove_folders_of_daemons()
     _have_no_input()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # It is a pipe, on which lines are to arrive as they are printed; and whole, which PYTHONUNBUFFERED prevents.
@@ -48,6 +51,15 @@ def _die_with_launcher() -> None:
     """Ask Linux for a SIGKILL when the parent dies; Open MPI 5 leaves its ranks running when it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _remove_folders_of_daemons() -> None:
+    """Those that earlier jobs have left empty on this host; one of this minute may be about to be filled."""
+    own = Path(os.environ.get(DAEMONS, ""))
+    for folder in own.parent.glob(own.name.replace(own.suffix, ".*")) if own.suffix else ():
+        with contextlib.suppress(OSError):  # it is not empty, or somebody else's
+            if time.time() - folder.stat().st_mtime > 60:
+                folder.rmdir()
 
 
 def _have_no_input() -> None:

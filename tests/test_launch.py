@@ -586,15 +586,29 @@ def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, jobs: Jobs)
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
-def test_open_mpis_files_are_in_a_folder_of_the_job_if_all_ranks_are_on_this_host(elsewhere: bool) -> None:
+def test_open_mpis_files_are_in_a_folder_of_the_job(elsewhere: bool) -> None:
+    """Where a launcher or a daemon of the same process number was killed, another one would not start."""
     report = "import json, os; print(json.dumps({'folder': os.environ.get('PRTE_MCA_prte_tmpdir_base')}))"
     launcher = Launcher(Path("mpirun"), "openmpi", "5.0.11")
     job = launch.Job(2, (sys.executable, "-c", report), {}, "", launcher=launcher, elsewhere=elsewhere)
-    status, line = launch.ask(job)
-    folder = json.loads(line)["folder"]
+    (status, line), (_, other) = launch.ask(job), launch.ask(job)
+    folder = Path(json.loads(line)["folder"])
     assert status == 0
-    assert (folder is None) == elsewhere
-    assert elsewhere or not Path(folder).exists()  # any more
+    assert json.loads(other)["folder"] != str(folder)
+    assert folder.parent == Path(tempfile.gettempdir()) or not elsewhere
+    assert not folder.exists()  # any more, or yet
+
+
+def test_folders_of_earlier_jobs_daemons_are_removed_if_they_are_empty(tmp_path: Path) -> None:
+    minutes_ago = time.time() - 300
+    for name in ("daemons.old", "daemons.killed/prted.1", "daemons.new", "daemons.own", "theirs"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("daemons.old", "daemons.killed", "theirs"):
+        os.utime(tmp_path / name, (minutes_ago, minutes_ago))
+    environment = {**os.environ, rank.DAEMONS: str(tmp_path / "daemons.own")}
+    subprocess.run([sys.executable, "-m", "distprop.rank", "-m", "this"], env=environment, check=True, timeout=60)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"daemons.killed", "daemons.new", "daemons.own", "theirs"}
 
 
 def test_a_rank_waits_until_the_launcher_has_read_what_it_printed() -> None:

@@ -137,10 +137,12 @@ def test_a_configuration_is_trained_to_the_end_on_both_nodes(batch_of_each: Batc
 def test_distprop_run_uses_the_whole_job_even_with_a_bare_environment(batch: Batch) -> None:
     batch.folder.joinpath("show.py").write_text(
         textwrap.dedent("""
-        import os, distprop as dp
+        import glob, os, distprop as dp
         comm = dp.world()
         node, mine = os.environ["SLURMD_NODENAME"], os.environ["DISTPROP_MINE"]
         print(f"rank {comm.rank} of {comm.size} on {node}, {mine}\\n", end="")
+        files = os.environ["DISTPROP_DAEMONS"]
+        print(len(glob.glob(f"{files}/*")), "of Open MPI's processes have files there\\n", end="")
         """)
     )
     command = f"{batch.python} -m distprop run"
@@ -152,6 +154,7 @@ def test_distprop_run_uses_the_whole_job_even_with_a_bare_environment(batch: Bat
     )
     for line in ("rank 0 of 2 on n1, here", "rank 1 of 2 on n2, here", "rank 3 of 4 on n2, crowded"):
         assert line in output.splitlines(), output
+    assert output.count("3 of Open MPI's processes have files there") == 2 + 4  # this Slurm's nodes are one machine
     assert "4 ranks share fewer cores: correct, but slow" in output
     assert "-n 5: Slurm job" in output
     assert "has 2 slots, one for each of its tasks (2 nodes, n[1-2])" in output

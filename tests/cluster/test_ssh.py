@@ -14,7 +14,7 @@ from containers import NODES, ROOT, Hosts
 
 MPIS = {"distprop": "Open MPI 5", "openmpi4": "Open MPI 4.1", "mpich5": "MPICH 5", "mpich4": "MPICH 4"}
 REPORT = """
-import json, os
+import glob, json, os
 import numpy as np
 from mpi4py import MPI
 from distprop.comm import world
@@ -33,6 +33,7 @@ print("report " + json.dumps({
     "rank": comm.rank, "size": comm.size, "total": float(total[-1]),
     "gradient": float(gradient[-1]), "together": together, "host": os.uname().nodename, "shared": of_host,
     "folder": os.getcwd(), "user": os.getuid(),
+    "daemons": len(glob.glob(os.getenv("DISTPROP_DAEMONS", "/nowhere") + "/*")),
     "variables": {name: os.getenv(name) for name in ("DISTPROP_TIMEOUT", "OMP_NUM_THREADS", "MKL_X", "PYTHONPATH")},
 }))
 window.Free()
@@ -70,6 +71,7 @@ def test_ranks_run_where_they_are_told_with_what_they_need(mpi: str, hosts: Host
     assert [report["host"] for report in reports] == ["node2", "node2", "node1", "node1", "node4"]
     assert [report["shared"] for report in reports] == [[10, 11]] * 2 + [[12, 13]] * 2 + [[14]]
     assert [report["together"] for report in reports] == [2, 2, 2, 2, 1]
+    assert [report["daemons"] for report in reports] == ([1] * 5 if mpi in ("distprop", "openmpi4") else [0] * 5)
     wanted = {"DISTPROP_TIMEOUT": "77", "OMP_NUM_THREADS": "1", "MKL_X": "a b", "PYTHONPATH": "/work/scripts"}
     for report in reports:
         assert (report["size"], report["total"], report["gradient"]) == (5, 15.0, 15.0)
