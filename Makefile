@@ -38,7 +38,7 @@ parallel: $(VENV)/.dev-installed
 # On several hosts, which are containers, and on a Slurm of two nodes or more, under Open MPI 5 and MPICH 5; each is
 # skipped where there is no Docker with Compose, or no Slurm
 cluster: $(VENV)/.dev-installed .venv-mpich5/.test-installed
-	$(BIN)/python -m pytest -m "not timing" tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not timing" tests/cluster
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
