@@ -132,7 +132,10 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
+        _check_parts(model, loss, optimizer)
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("shards", shards)):
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} is a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if prefetch < 0:
@@ -149,7 +152,6 @@ class Trainer:
             raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
         if health < 0:
             raise ValueError(f"health is a number of steps, 0 or more, or True; got {health}")
-        _check_optimizer(optimizer, model)
         self._repeat = repeating.get() if run_dir is not None else None
         repeated_dir = run_dir
         if self._repeat is not None:  # nothing is written into the folder of a run that is repeated
@@ -457,7 +459,15 @@ class Trainer:
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
 
 
-def _check_optimizer(optimizer: Optimizer, model: Module) -> None:
+def _check_parts(model: Module, loss: Loss, optimizer: Optimizer) -> None:
+    if isinstance(model, DataParallel):
+        raise TypeError("Trainer makes a DataParallel of its own; give it the module")
+    if not isinstance(model, Module):
+        raise TypeError(f"Trainer needs a Module as its model, got {type(model).__name__}")
+    if not callable(loss):
+        raise TypeError(f"the loss is a function of (output, target), such as functional.cross_entropy; got {loss!r}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"Trainer needs an Optimizer, such as optim.SGD(model.parameters(), lr=0.1); got {optimizer!r}")
     own = {id(parameter) for parameter in model.parameters()}
     foreign = sum(id(parameter) not in own for parameter in optimizer.parameters)
     if foreign:

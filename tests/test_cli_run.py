@@ -76,6 +76,7 @@ def test_a_dry_run_prints_what_would_run_and_pasted_it_does(script: str) -> None
         (["-n", "2", "-m", "missing_module"], "Error: no module named 'missing_module'"),
         (["-n", "0", __file__], "Error: -n 0: a job has 1 rank or more"),
         ([__file__], "Missing option '-n'"),
+        ([__file__, "-n", "2"], "options come before the program, whose own are behind it"),
         (["-n", "2"], "Missing argument 'PROGRAM'"),
     ],
 )

@@ -237,6 +237,12 @@ def test_bad_options_are_refused_also_in_a_group(options, message):
         SGD([{"params": [p], **options}], lr=0.1)
 
 
+@pytest.mark.parametrize("lr", ["0.1", None, [0.1]])
+def test_a_learning_rate_that_is_no_number_is_refused(lr):
+    with pytest.raises(TypeError, match="learning rate must be a number or a function of the step, got"):
+        SGD([Parameter(np.ones(2))], lr=lr)
+
+
 def test_bad_parameters_are_refused():
     p = Parameter(np.ones((2, 2)))
     used_up = iter([p])

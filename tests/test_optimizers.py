@@ -350,7 +350,7 @@ def test_a_state_that_does_not_fit_is_refused_with_every_reason_and_changes_noth
         (r"group 0: parameters \[0, 1\], expected", {"param_groups": [first | {"params": [0, 1]}, second]}),
         ("group 0: no eps", {"param_groups": [{k: v for k, v in first.items() if k != "eps"}, second]}),
         ("group 0: unexpected momentum", {"param_groups": [first | {"momentum": 0.9}, second]}),
-        ("group 0: .*'str'", {"param_groups": [first | {"lr": "high"}, second]}),
+        ("group 0: the learning rate must be a number .*'high'", {"param_groups": [first | {"lr": "high"}, second]}),
         ("param_groups is not a list", {"param_groups": 3}),
     ]
     for message, changes in cases:

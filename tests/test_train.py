@@ -179,6 +179,24 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         dp.Trainer(model, dp.functional.mse_loss, optimizer, batch_size=1)
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"model": dp.DataParallel(dp.nn.Linear(2, 1))}, "makes a DataParallel of its own; give it the module"),
+        ({"model": len}, "needs a Module as its model, got builtin_function_or_method"),
+        ({"loss": "mse_loss"}, r"the loss is a function of \(output, target\), such as .*; got 'mse_loss'"),
+        ({"optimizer": "sgd"}, "needs an Optimizer, such as .*; got 'sgd'"),
+        ({"batch_size": 1.5}, "batch_size is a whole number, got 1.5"),
+        ({"accumulate": "2"}, "accumulate is a whole number, got '2'"),
+    ],
+)
+def test_what_is_no_part_of_a_trainer_is_refused(what: dict[str, object], message: str) -> None:
+    model = dp.nn.Linear(2, 1)
+    parts = {"loss": F.mse_loss, "optimizer": optim.SGD(model.parameters(), lr=0.1), "batch_size": 1}
+    with pytest.raises(TypeError, match=message):
+        dp.Trainer(**({"model": model} | parts | what))
+
+
 def test_arrays_that_are_not_a_dataset_are_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"expected a dataset, got a tuple; wrap arrays in data\.ArrayDataset\(x, y\)"):
         dp.data.Loader((np.zeros((3, 2)), np.zeros(3)), batch_size=1)

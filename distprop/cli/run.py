@@ -50,7 +50,8 @@ def run_command(
     write one and end with status 75, resumable. A second Ctrl-C ends at once, with status 130.
     """
     if ranks is None and not (hosts or hostfile or slurm.job_name()):
-        raise click.UsageError("Missing option '-n', how many processes; or '--hosts', where.")
+        late = "; options come before the program, whose own are behind it" if "-n" in arguments else ""
+        raise click.UsageError(f"Missing option '-n', how many processes; or '--hosts', where{late}.")
     where, limits = Where(hosts, hostfile), Limits(max_restarts, max_time, timeout, requeue)
     start(ranks, [program, *arguments], module=module, dry_run=dry_run, where=where, limits=limits)
 

@@ -147,7 +147,9 @@ class Optimizer:
             self._update(chunk, options)
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError for options out of range."""
+        """Raise ValueError for options out of range, TypeError for a learning rate that is no number."""
+        if not callable(group["lr"]) and (np.ndim(group["lr"]) or np.asarray(group["lr"]).dtype.kind not in "fiu"):
+            raise TypeError(f"the learning rate must be a number or a function of the step, got {group['lr']!r}")
         if not callable(group["lr"]) and not group["lr"] >= 0:
             raise ValueError(f"the learning rate must be 0 or more, got {group['lr']}")
         for name in ("momentum", "weight_decay", "eps", "lr_decay", "initial_accumulator_value", "trust_coefficient"):
