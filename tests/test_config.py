@@ -242,3 +242,17 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path, toml: Path) -
     answer = CliRunner().invoke(main, ["train", str(toml), "--set", f"train.run_dir={tmp_path / 'taken'}"])
     assert answer.exit_code == 2, answer.exception
     assert f"train.run_dir: cannot write to {tmp_path / 'taken'}: File exists" in answer.output
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(
+    tmp_path: Path, toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", str(toml), "--set", "train.checkpoint_every=10"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    checkpoints = list(tmp_path.glob("runs/small/checkpoints/step-*"))
+    for folder in checkpoints:
+        (folder / "manifest.json").write_text("{")
+    answer = CliRunner().invoke(main, [*arguments, "--resume"])
+    assert answer.exit_code == 2, answer.exception
+    assert f"all {len(checkpoints)} checkpoints in runs/small/checkpoints are damaged" in answer.output

@@ -87,6 +87,7 @@ def train_command(
     job the number of the job is added, and once Slurm has started it again the run goes on.
     With train.checkpoint_every, Ctrl-C, SIGTERM, SIGUSR1 and --max-time write a checkpoint and end it with status 75.
     """
+    from distprop.checkpoint import CheckpointError
     from distprop.config import ConfigError, load_config
 
     try:
@@ -106,7 +107,7 @@ def train_command(
         # the file that a run has saved names its own folder
         run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", _run_name(config))
         train_from_config(loaded, run_dir, resume, profile=profile)
-    except (ConfigError, OSError, slurm.AllocationError) as error:
+    except (ConfigError, CheckpointError, OSError, slurm.AllocationError) as error:
         raise Refusal(str(error)) from error
 
 
