@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
@@ -169,11 +167,12 @@ def build_optimizer(config: Optim, model: nn.Module, steps: int) -> optim.Optimi
 
 
 def _load_npz(path: Path) -> ArrayDataset:
+    from distprop.data.npz import read_npz
+
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            x, y = arrays["x"], arrays["y"]
-            dataset = ArrayDataset(x.astype(np.float32), y.astype(np.float32) if y.dtype.kind == "f" else y)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+        x, y = read_npz(path, ["x", "y"]).values()
+        dataset = ArrayDataset(x.astype(np.float32), y.astype(np.float32) if y.dtype.kind == "f" else y)
+    except ValueError as error:
         raise ConfigError(f"{path} is not a .npz file with arrays x and y: {error}") from error
     if not len(dataset):
         raise ConfigError(f"{path} has no examples")

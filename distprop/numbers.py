@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distprop.data.npz import read_npz
 from distprop.tape import Array
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ def load(path: Path) -> dict[str, Array]:
         NumbersError: it is not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:  # an .npy file's array is no context
+        return read_npz(path)
+    except ValueError as error:
         raise NumbersError(f"{path} is not an .npz file that distprop replay has saved: {error}") from error
 
 

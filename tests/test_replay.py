@@ -507,7 +507,9 @@ def test_a_file_that_is_no_npz_is_refused_first(configured: Path, tmp_path: Path
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("nothing")
     np.savez(tmp_path / "pickle.npz", x=np.array([{}], dtype=object))
-    for name in ("one.npy", "text.npz", "pickle.npz", "missing.npz"):
+    np.savez(tmp_path / "cut.npz", x=np.zeros(300))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:700])
+    for name in ("one.npy", "text.npz", "pickle.npz", "missing.npz", "cut.npz"):
         answer = command(configured, "--step", 6, "--rank", 1, "--compare", tmp_path / name)
         assert (answer.exit_code, "is not an .npz file" in answer.stderr) == (2, True), name
     assert not (configured / "replay").exists()
