@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 import msgspec
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e38)]  # what float32 holds
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e38)]  # within float32's range
 Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 

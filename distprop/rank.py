@@ -56,7 +56,7 @@ def _die_with_launcher() -> None:
 def _remove_folders_of_daemons() -> None:
     """Those that earlier jobs have left empty on this host; one of this minute may be about to be filled."""
     own = Path(os.environ.get(DAEMONS, ""))
-    for folder in own.parent.glob(own.name.replace(own.suffix, ".*")) if own.suffix else ():
+    for folder in own.parent.glob(own.with_suffix(".*").name) if own.suffix else ():
         with contextlib.suppress(OSError):  # it is not empty, or somebody else's
             if time.time() - folder.stat().st_mtime > 60:
                 folder.rmdir()
