@@ -102,16 +102,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
     return True
 
 
-def signal_launcher(hosts: Hosts, signal: str, pattern: str) -> None:
-    """To the processes of the launcher's container whose command begins so."""
+def signal_launcher(hosts: Hosts, signal: str, *patterns: str) -> None:
+    """To the processes of the launcher's container whose command begins so; others may end meanwhile."""
     source = (
-        "import glob, os, signal, sys\n"
+        "import contextlib, glob, os, signal\n"
         "for path in glob.glob('/proc/[0-9]*/cmdline'):\n"
-        "    words = open(path).read().replace(chr(0), ' ')\n"
-        f"    if words.startswith({pattern!r}): os.kill(int(path.split('/')[2]), signal.{signal})"
+        "    with contextlib.suppress(FileNotFoundError, ProcessLookupError):\n"
+        "        words = open(path).read().replace(chr(0), ' ')\n"
+        f"        if words.startswith({patterns!r}): os.kill(int(path.split('/')[2]), signal.{signal}); print(words)"
     )
     done = hosts.on("launcher", "python", "-c", source)
     assert done.returncode == 0, done.stderr
+    assert done.stdout, f"no process whose command begins with {patterns}"
 
 
 @pytest.mark.parametrize("mpi", MPIS)
@@ -144,8 +146,7 @@ def test_no_rank_on_any_host_outlives(killed: str, mpi: str, hosts: Hosts) -> No
     with start(hosts, mpi) as job:
         if killed != "distprop run":
             signal_launcher(hosts, "SIGSTOP", f"/opt/{mpi}/bin/python -m distprop run")
-            for name in ("prterun", "mpirun", "mpiexec"):
-                signal_launcher(hosts, "SIGKILL", f"/opt/{mpi}/bin/{name}")
+            signal_launcher(hosts, "SIGKILL", *(f"/opt/{mpi}/bin/{name}" for name in ("prterun", "mpirun", "mpiexec")))
         signal_launcher(hosts, "SIGKILL", f"/opt/{mpi}/bin/python -m distprop run")
         assert job.wait(30) == 137
     assert wait_until(lambda: not hosts.left()), hosts.left()
