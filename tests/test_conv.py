@@ -473,19 +473,30 @@ LAYERS = [
     ("Conv1d", (3, 8, 3), {}, (2, 3, 6)),
     ("Conv1d", (4, 8, (3,)), {"stride": 2, "padding": 1, "groups": 2, "bias": False}, (2, 4, 6)),
     ("Conv1d", (4, 8, 3), {"padding": "same"}, (2, 4, 6)),
+    ("Conv2d", (4, 4, 3, 2, (2, 1), 1, 2, False, "reflect"), {}, (2, 4, 6, 5)),
+    ("Conv2d", (4, 4, (2, 4)), {"padding": "same", "dilation": (2, 1), "padding_mode": "replicate"}, (2, 4, 6, 5)),
+    ("Conv2d", (4, 4, 3), {"padding": (1, 2), "padding_mode": "circular"}, (2, 4, 6, 5)),
+    ("Conv2d", (4, 4, 3), {"padding": "valid", "padding_mode": "circular"}, (2, 4, 6, 5)),
+    ("Conv1d", (4, 8, 4), {"padding": "same", "padding_mode": "reflect"}, (2, 4, 6)),
+    ("Conv1d", (4, 8, 3), {"padding": 2, "padding_mode": "circular", "stride": 2}, (2, 4, 6)),
     ("ConvTranspose2d", (3, 8, 3), {}, (2, 3, 6, 5)),
     ("ConvTranspose2d", (4, 8, (3, 2), 2, 1, 1, 2, False), {}, (2, 4, 6, 5)),
 ]
 
 
 @pytest.mark.parametrize(("name", "arguments", "options", "shape"), LAYERS)
-def test_layers_have_pytorchs_parameters_and_outputs(name, arguments, options, shape, torch, rng):
+def test_layers_have_pytorchs_parameters_outputs_and_gradients(name, arguments, options, shape, torch, rng):
     ours, theirs = getattr(nn, name)(*arguments, **options), getattr(torch.nn, name)(*arguments, **options)
     state = {key: value.numpy() for key, value in theirs.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == {k: v.shape for k, v in state.items()}
     ours.load_state_dict(state)
     x = rng.normal(size=shape).astype(np.float32)
-    assert_close(ours(x).data, theirs(torch.tensor(x)).detach().numpy(), TOLERANCE["float32"])
+    y, expected = ours(x), theirs(torch.tensor(x))
+    assert_close(y.data, expected.detach().numpy(), TOLERANCE["float32"])
+    grad = rng.normal(size=y.shape).astype(np.float32)
+    y.backward(grad)
+    expected.backward(torch.tensor(grad))
+    assert_close(ours.weight.grad, theirs.weight.grad.numpy(), TOLERANCE["float32"])
     assert repr(ours) == repr(theirs)
 
 
@@ -545,6 +556,17 @@ def test_layers_refuse_paddings_that_are_not_known(layer):
         layer(3, 8, 3, padding="full")
     with pytest.raises(ValueError, match='padding "same" needs stride 1'):
         layer(3, 8, 3, padding="same", stride=2)
+    with pytest.raises(ValueError, match=r"padding_mode must be zeros, reflect, replicate or circular, got 'constant'"):
+        layer(3, 8, 3, padding_mode="constant")
+    with pytest.raises(ValueError, match="needs 7 entries to copy"):
+        layer(3, 8, 3, padding=7, padding_mode="reflect")(
+            np.zeros((1, 3, 7, 7)[: 3 if layer is nn.Conv1d else 4], np.float32)
+        )
+
+
+def test_a_transposed_convolution_pads_with_zeros_only():
+    with pytest.raises(ValueError, match="padding_mode can only be \"zeros\", got 'reflect'"):
+        nn.ConvTranspose2d(3, 8, 3, padding_mode="reflect")
 
 
 def test_a_layer_in_float64():

@@ -1,4 +1,4 @@
-"""Joining, cutting, padding and choosing: through the table of operations, and what only these do."""
+"""Joining, cutting and choosing: through the table of operations, and what only these do."""
 
 import numpy as np
 import pytest
@@ -39,12 +39,6 @@ OPERATIONS = [
         name="stack",
         torch=lambda torch, *xs, dim: torch.stack(xs, dim),
     ),
-    Operation(
-        F.pad,
-        [((2, 3, 4),), ((5, 4, 5),), ((0, 3, 4),)],
-        [{"pad": (1, 2)}, {"pad": (1, 0, 0, 3), "value": 2.5}, {"pad": (-1, 2, 1, -2)}, {"pad": (0, -1)}, {"pad": ()}],
-    ),
-    Operation(F.pad, [((2, 3),)], [{"pad": (0, 1, -1, 2), "value": -1.0}], name="pad all axes"),
     Operation(
         lambda x, y, c: F.where(c, x, y),
         [((3, 4), (3, 4)), ((3, 1), (4,)), ((), (2, 2)), ((0, 4), (1, 4))],
@@ -191,10 +185,6 @@ def test_where_takes_numbers_in_the_other_ones_dtype():
         (lambda: F.split(np.ones(4), [1, 2]), ValueError, r"lengths \[1, 2\] for dim 0 of shape \(4,\)"),
         (lambda: F.split(np.ones(4), [5, -1]), ValueError, "must add up to 4"),
         (lambda: F.split(np.ones(4), 2, 1), IndexError, "dim 1"),
-        (lambda: F.pad(np.ones((2, 3)), (1,)), ValueError, r"two widths for each axis, .* \(1,\) for shape \(2, 3\)"),
-        (lambda: F.pad(np.ones(3), (1, 1, 1, 1)), ValueError, "two widths"),
-        (lambda: F.pad(np.ones((2, 3)), (-2, -2)), ValueError, r"would make shape \(2, -1\) of \(2, 3\)"),
-        (lambda: F.pad(np.ones(3), (1, 1), "reflect"), ValueError, "got 'reflect'"),
         (lambda: F.where(np.ones(3), np.ones(3), 0.0), TypeError, "boolean condition, got dtype float64"),
         (lambda: F.where(np.ones(3, bool), np.ones(2), 0.0), ValueError, r"condition \(3,\), input \(2,\), other \(\)"),
         (lambda: F.where(np.ones(3, bool), np.ones(3), np.ones(3, np.float32)), TypeError, "other float32"),

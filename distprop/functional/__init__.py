@@ -24,7 +24,7 @@ from distprop.functional.conv import conv1d, conv2d, conv_transpose2d
 from distprop.functional.dropout import dropout
 from distprop.functional.embedding import embedding, take
 from distprop.functional.group_norm import group_norm
-from distprop.functional.join import concatenate, pad, split, stack, where
+from distprop.functional.join import concatenate, split, stack, where
 from distprop.functional.linear import linear
 from distprop.functional.loss import (
     binary_cross_entropy_with_logits,
@@ -35,6 +35,7 @@ from distprop.functional.loss import (
     nll_loss,
 )
 from distprop.functional.norm import layer_norm, rms_norm
+from distprop.functional.pad import pad
 from distprop.functional.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from distprop.functional.recurrent import gru, lstm, rnn
 

@@ -1,4 +1,4 @@
-"""Arrays put together, cut apart, padded and chosen from; the derivative does the opposite to the gradient."""
+"""Arrays put together, cut apart and chosen from; the derivative does the opposite to the gradient."""
 
 from __future__ import annotations
 
@@ -99,39 +99,6 @@ def split(input: Operand, split_size_or_sections: int | Sequence[int], dim: int 
         return record(x.data[index], (whole,), vjp)
 
     return tuple(piece(_along(axis, slice(a, b))) for a, b in pairwise(accumulate(sections, initial=0)))
-
-
-def pad(input: Operand, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """x with `value`, 0 by default, around it; a negative width cuts entries off.
-
-    `pad` has two widths, before and after, for each axis from the last one on: (left, right, top, bottom) for images.
-    Derivative: the part of g that x was copied to.
-
-    Raises:
-        ValueError: an odd number of widths or too many, a length that would be negative, or another mode.
-    """
-    x = as_tensor(input)
-    if mode != "constant":
-        raise ValueError(f'pad knows mode "constant", got {mode!r}')
-    if len(pad) % 2 or len(pad) > 2 * x.ndim:
-        raise ValueError(f"pad takes two widths for each axis, last axis first; got {tuple(pad)} for shape {x.shape}")
-    widths = [(0, 0)] * (x.ndim - len(pad) // 2) + list(zip(pad[-2::-2], pad[-1::-2], strict=True))
-    shape = tuple(n + before + after for n, (before, after) in zip(x.shape, widths, strict=True))
-    if min(shape, default=0) < 0:
-        raise ValueError(f"pad by {tuple(pad)} would make shape {shape} of {x.shape}")
-    kept = tuple(slice(max(-b, 0), n - max(-a, 0)) for n, (b, a) in zip(x.shape, widths, strict=True))
-    place = tuple(slice(max(b, 0), n - max(a, 0)) for n, (b, a) in zip(shape, widths, strict=True))
-    result = np.full(shape, value or 0, x.dtype)
-    result[place] = x.data[kept]
-
-    def vjp(grad: Array, out: Out) -> list[Array]:
-        if kept == tuple(slice(0, n) for n in x.shape):
-            return [grad[place]]
-        dx = np.zeros(x.shape, x.dtype)
-        dx[kept] = grad[place]
-        return [dx]
-
-    return record(result, (x,), vjp)
 
 
 def where(condition: Operand, input: Operand, other: Operand) -> Tensor:

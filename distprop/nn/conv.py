@@ -6,7 +6,8 @@ Every weight and bias starts uniform on ±1/√fan_in, fan_in being the numbers 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -18,84 +19,92 @@ from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor
 
 
-class Conv2d(Module):
+class _Convolution(Module):
+    """What Conv1d and Conv2d share."""
+
+    _space: ClassVar[tuple[str, ...]]
+    _operation: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        _check_channels(self, in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = _sizes(self, "kernel_size", kernel_size, 1)
+        self.stride, self.dilation = _sizes(self, "stride", stride, 1), _sizes(self, "dilation", dilation, 1)
+        self.padding = padding if isinstance(padding, str) else _sizes(self, "padding", padding, 0)
+        self.padding_mode = padding_mode
+        self._check_padding()
+        self.weight, self.bias = _first(
+            (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
+        )
+
+    def forward(self, x: Operand) -> Tensor:
+        """The layer's output."""
+        _check_input(self, x)
+        padding: Size | str = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._margins(), self.padding_mode), 0
+        return self._operation(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        nothing, once = (0,) * len(self._space), (1,) * len(self._space)
+        text = _arguments(self, padding=nothing, dilation=once)
+        return text + (f", padding_mode={self.padding_mode}" if self.padding_mode != "zeros" else "")
+
+    def _check_padding(self) -> None:
+        name, padding = type(self).__name__, self.padding
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(f'{name}: padding must be integers, "same" or "valid", got {padding!r}')
+        if padding == "same" and max(self.stride) > 1:
+            raise ValueError(f'{name}: padding "same" needs stride 1, got {self.stride}')
+        if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(
+                f"{name}: padding_mode must be zeros, reflect, replicate or circular, got {self.padding_mode!r}"
+            )
+
+    def _margins(self) -> list[int]:
+        """The widths that `functional.pad` takes, the last axis first."""
+        if isinstance(self.padding, str):
+            wanted = self.padding == "same"
+            sums = [d * (k - 1) * wanted for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+            return [width for total in reversed(sums) for width in (total // 2, total - total // 2)]
+        return [width for width in reversed(self.padding) for _ in range(2)]
+
+
+class Conv2d(_Convolution):
     """`functional.conv2d`: x is `(batch, in_channels, height, width)`, y `(batch, out_channels, …, …)`.
 
     `weight` is `(out_channels, in_channels/groups, kernel height, kernel width)`, `bias` `(out_channels,)`; `padding`
-    is one number or two, "same" or "valid".
+    is one number or two, "same" or "valid". What the margin is filled with, `padding_mode`, is "zeros" or one of the
+    modes of `functional.pad`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        dtype: DTypeLike = np.float32,
-    ) -> None:
-        _check_channels("Conv2d", in_channels, out_channels, groups)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("Conv2d", "kernel_size", kernel_size, 1)
-        self.stride, self.dilation = pair("Conv2d", "stride", stride, 1), pair("Conv2d", "dilation", dilation, 1)
-        self.padding = padding if isinstance(padding, str) else pair("Conv2d", "padding", padding, 0)
-        _check_padding("Conv2d", self.padding, self.stride)
-        self.weight, self.bias = _first(
-            (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
-        )
-
-    def forward(self, x: Operand) -> Tensor:
-        """The layer's output."""
-        _check_input(self, x, self.in_channels, ("height", "width"))
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return _arguments(self, padding=(0, 0), dilation=(1, 1))
+    _space = ("height", "width")
+    _operation = staticmethod(F.conv2d)
 
 
-class Conv1d(Module):
+class Conv1d(_Convolution):
     """`functional.conv1d`: x is `(batch, in_channels, length)`, y `(batch, out_channels, …)`.
 
-    `weight` is `(out_channels, in_channels/groups, kernel)`, `bias` `(out_channels,)`.
+    `weight` is `(out_channels, in_channels/groups, kernel)`, `bias` `(out_channels,)`; `padding` and `padding_mode` as
+    for Conv2d.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        dtype: DTypeLike = np.float32,
-    ) -> None:
-        _check_channels("Conv1d", in_channels, out_channels, groups)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("Conv1d", "kernel_size", kernel_size, 1, axes=1)[:1]
-        self.stride = pair("Conv1d", "stride", stride, 1, axes=1)[:1]
-        self.dilation = pair("Conv1d", "dilation", dilation, 1, axes=1)[:1]
-        self.padding = padding if isinstance(padding, str) else pair("Conv1d", "padding", padding, 0, axes=1)[:1]
-        _check_padding("Conv1d", self.padding, self.stride)
-        self.weight, self.bias = _first(
-            (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
-        )
-
-    def forward(self, x: Operand) -> Tensor:
-        """The layer's output."""
-        _check_input(self, x, self.in_channels, ("length",))
-        return F.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return _arguments(self, padding=(0,), dilation=(1,))
+    _space = ("length",)
+    _operation = staticmethod(F.conv1d)
 
 
 class ConvTranspose2d(Module):
@@ -103,6 +112,8 @@ class ConvTranspose2d(Module):
 
     `weight` is `(in_channels, out_channels/groups, kernel height, kernel width)`, `bias` `(out_channels,)`.
     """
+
+    _space: ClassVar[tuple[str, ...]] = ("height", "width")
 
     def __init__(
         self,
@@ -115,23 +126,25 @@ class ConvTranspose2d(Module):
         groups: int = 1,
         bias: bool = True,
         dilation: Size = 1,
+        padding_mode: Literal["zeros"] = "zeros",
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        name = "ConvTranspose2d"
-        _check_channels(name, in_channels, out_channels, groups)
+        _check_channels(self, in_channels, out_channels, groups)
+        if padding_mode != "zeros":
+            raise ValueError(f'ConvTranspose2d: padding_mode can only be "zeros", got {padding_mode!r}')
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair(name, "kernel_size", kernel_size, 1)
-        self.stride, self.dilation = pair(name, "stride", stride, 1), pair(name, "dilation", dilation, 1)
-        self.padding = pair(name, "padding", padding, 0)
-        self.output_padding = pair(name, "output_padding", output_padding, 0)
+        self.kernel_size = _sizes(self, "kernel_size", kernel_size, 1)
+        self.stride, self.dilation = _sizes(self, "stride", stride, 1), _sizes(self, "dilation", dilation, 1)
+        self.padding = _sizes(self, "padding", padding, 0)
+        self.output_padding = _sizes(self, "output_padding", output_padding, 0)
         self.weight, self.bias = _first(
             (in_channels, out_channels // groups, *self.kernel_size), out_channels, bias, dtype
         )
 
     def forward(self, x: Operand) -> Tensor:
         """The layer's output."""
-        _check_input(self, x, self.in_channels, ("height", "width"))
+        _check_input(self, x)
         return F.conv_transpose2d(
             x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
@@ -150,25 +163,25 @@ def _first(shape: tuple[int, ...], outputs: int, bias: bool, dtype: DTypeLike) -
     return weight, init.uniform_(Parameter(np.empty(outputs, dtype)), -bound, bound)
 
 
-def _check_channels(layer: str, in_channels: int, out_channels: int, groups: int) -> None:
+def _sizes(layer: Any, name: str, value: Size, least: int) -> tuple[int, ...]:
+    """One integer for each axis."""
+    axes = len(layer._space)
+    return pair(type(layer).__name__, name, value, least, axes)[:axes]
+
+
+def _check_channels(layer: Module, in_channels: int, out_channels: int, groups: int) -> None:
     if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
-            f"{layer} needs at least one channel on each side and groups that divide both numbers, got "
+            f"{type(layer).__name__} needs at least one channel on each side and groups that divide both numbers, got "
             f"in_channels={in_channels}, out_channels={out_channels}, groups={groups}"
         )
 
 
-def _check_padding(layer: str, padding: str | tuple[int, ...], stride: tuple[int, ...]) -> None:
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f'{layer}: padding must be integers, "same" or "valid", got {padding!r}')
-    if padding == "same" and max(stride) > 1:
-        raise ValueError(f'{layer}: padding "same" needs stride 1, got {stride}')
-
-
-def _check_input(layer: Module, x: Operand, channels: int, space: tuple[str, ...]) -> None:
+def _check_input(layer: Any, x: Operand) -> None:
     shape = np.shape(x.data if isinstance(x, Tensor) else x)
-    if len(shape) != 2 + len(space) or shape[1] != channels:
-        raise ValueError(f"{layer!r} got x of shape {shape}; it must be (batch, {channels}, {', '.join(space)})")
+    if len(shape) != 2 + len(layer._space) or shape[1] != layer.in_channels:
+        wanted = f"(batch, {layer.in_channels}, {', '.join(layer._space)})"
+        raise ValueError(f"{layer!r} got x of shape {shape}; it must be {wanted}")
 
 
 def _arguments(layer: Any, **defaults: tuple[int, ...]) -> str:
