@@ -289,6 +289,56 @@ def test_multihead_attention_is_pytorchs(masks, kind, batch_first, bias, need_we
         np.testing.assert_allclose(our.grad, other.grad.numpy(), rtol=1e-10, atol=1e-12)
 
 
+MORE = [
+    {"kdim": 5, "vdim": 4},
+    {"vdim": 2, "bias": False},
+    {"add_bias_kv": True},
+    {"add_zero_attn": True, "bias": False},
+    {"add_bias_kv": True, "add_zero_attn": True, "kdim": 3},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
+@pytest.mark.parametrize("masks", [*MASKS, "causal"])
+@pytest.mark.parametrize("more", MORE, ids=str)
+@pytest.mark.parametrize(("batch_first", "need_weights"), [(True, False), (False, True)])
+def test_widths_of_their_own_and_keys_that_no_mask_hides(more, masks, batch_first, need_weights, torch, rng):
+    theirs = torch.nn.MultiheadAttention(6, 3, batch_first=batch_first, **more).double()
+    module = nn.MultiheadAttention(6, 3, batch_first=batch_first, **more).double()
+    into(theirs, module)
+    back(torch, module, theirs)
+    widths = 6, more.get("kdim", 6), more.get("vdim", 6)
+    arrays = [rng.normal(size=(2, n, w) if batch_first else (n, 2, w)) for n, w in zip((4, 5, 5), widths, strict=True)]
+    ours = [Tensor(a, requires_grad=True) for a in arrays]
+    others = [torch.tensor(a, requires_grad=True) for a in arrays]
+    if masks == "causal":
+        padding = MASKS["padding"](rng, 5)["key_padding_mask"] & (np.arange(5) > 0)
+        future = torch.tensor(np.triu(np.ones((4, 5), bool), 1))
+        options, converted = {"is_causal": True, "key_padding_mask": padding}, {"attn_mask": future}
+        converted["key_padding_mask"] = torch.tensor(padding)
+    else:
+        options = MASKS[masks](rng, 5)
+        converted = {name: torch.tensor(mask) for name, mask in options.items()}
+    output, weights = module(*ours, need_weights=need_weights, **options)
+    expected, expected_weights = theirs(*others, need_weights=need_weights, **converted)
+    np.testing.assert_allclose(output.data, expected.detach().numpy(), rtol=1e-11, atol=1e-13)
+    if need_weights:
+        np.testing.assert_allclose(weights.data, expected_weights.detach().numpy(), rtol=1e-11, atol=1e-13)
+    (output * output).sum().backward()
+    (expected * expected).sum().backward()
+    assert_same_gradients(module, theirs)
+    for our, other in zip(ours, others, strict=True):
+        np.testing.assert_allclose(our.grad, other.grad.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def test_causal_numbers_with_keys_that_no_mask_hides(rng):
+    module = nn.MultiheadAttention(6, 2, add_zero_attn=True, batch_first=True).double()
+    x, scores = rng.normal(size=(2, 4, 6)), rng.normal(size=(4, 4))
+    output, _ = module(x, x, x, attn_mask=scores, is_causal=True)
+    expected, _ = module(x, x, x, attn_mask=np.where(np.tri(4), scores, -np.inf))
+    np.testing.assert_allclose(output.data, expected.data, rtol=1e-12)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_of_one_sequence(batch_first, torch, rng):
     theirs = torch.nn.MultiheadAttention(6, 2, batch_first=batch_first).double()
@@ -443,6 +493,10 @@ def test_the_modules_say_what_does_not_fit():
     module, x = nn.MultiheadAttention(6, 3, batch_first=True), np.ones((2, 4, 6), np.float32)
     with pytest.raises(ValueError, match=r"MultiheadAttention\(6, 3\) got query \(2, 4, 5\).*\(batch, steps, 6\)"):
         module(x[..., :5], x, x)
+    with pytest.raises(ValueError, match=r"\(batch, steps, one of \(6, 5, 6\)\)"):
+        nn.MultiheadAttention(6, 3, kdim=5, batch_first=True)(x, x, x)
+    with pytest.raises(ValueError, match="a kdim and a vdim of at least 1, got 0 and None"):
+        nn.MultiheadAttention(6, 3, kdim=0)
     with pytest.raises(ValueError, match=r"key \(1, 4, 6\)"):
         module(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="key and value alike"):

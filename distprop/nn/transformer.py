@@ -23,10 +23,14 @@ class MultiheadAttention(Module):
     `functional.scaled_dot_product_attention` of the projected queries, keys and values.
 
     Parameters, as in PyTorch: `in_proj_weight` `(3 embed_dim, embed_dim)`, the projections of queries, keys and values
-    one above the other, `in_proj_bias` `(3 embed_dim,)`, `out_proj.weight`, `out_proj.bias`.
+    one above the other, `in_proj_bias` `(3 embed_dim,)`, `out_proj.weight`, `out_proj.bias`. Where keys have another
+    width `kdim`, or values `vdim`, there are `q_proj_weight` `(embed_dim, embed_dim)`, `k_proj_weight` `(embed_dim,
+    kdim)` and `v_proj_weight` `(embed_dim, vdim)` instead of the first.
 
-    The weights cost time and memory: pass `need_weights=False` where they are not looked at. Not here: `kdim`, `vdim`,
-    `add_bias_kv`, `add_zero_attn`.
+    `add_bias_kv` has every query look at one more key and value, `bias_k` and `bias_v`, `(1, 1, embed_dim)`, behind the
+    others, and `add_zero_attn` at one more that are 0, behind those. No mask hides them.
+
+    The weights cost time and memory: pass `need_weights=False` where they are not looked at.
 
     Source: Vaswani et al., 2017, arXiv:1706.03762.
     """
@@ -37,8 +41,12 @@ class MultiheadAttention(Module):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
-        *,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
         batch_first: bool = False,
+        *,
         dtype: DTypeLike = np.float32,
     ) -> None:
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
@@ -46,8 +54,26 @@ class MultiheadAttention(Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"MultiheadAttention needs a dropout between 0 and 1, got {dropout}")
         self.embed_dim, self.num_heads, self.dropout, self.batch_first = embed_dim, num_heads, dropout, batch_first
-        self.in_proj_weight = init.xavier_uniform_(Parameter(np.empty((3 * embed_dim, embed_dim), dtype)))
+        self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        if min(self.kdim, self.vdim) < 1:
+            raise ValueError(f"MultiheadAttention needs a kdim and a vdim of at least 1, got {kdim} and {vdim}")
+        self.add_zero_attn = add_zero_attn
+
+        def projection(rows: int, columns: int) -> Parameter:
+            return init.xavier_uniform_(Parameter(np.empty((rows, columns), dtype)))
+
+        self.in_proj_weight = None
+        if self.kdim == self.vdim == embed_dim:
+            self.in_proj_weight = projection(3 * embed_dim, embed_dim)
+        else:
+            self.q_proj_weight = projection(embed_dim, embed_dim)
+            self.k_proj_weight = projection(embed_dim, self.kdim)
+            self.v_proj_weight = projection(embed_dim, self.vdim)
         self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, dtype)) if bias else None
+        self.bias_k, self.bias_v = (
+            init.xavier_normal_(Parameter(np.empty((1, 1, embed_dim), dtype))) if add_bias_kv else None
+            for _ in range(2)
+        )
         self.out_proj = Linear(embed_dim, embed_dim, bias, dtype=dtype)
         if self.out_proj.bias is not None:
             init.zeros_(self.out_proj.bias)
@@ -66,7 +92,7 @@ class MultiheadAttention(Module):
         """The output, of the query's shape, and with `need_weights` the attention weights, otherwise None.
 
         Shapes: query `(steps, batch, embed_dim)`, or `(batch, steps, embed_dim)` with `batch_first`, or without a batch
-        `(steps, embed_dim)`; key and value likewise, with a number of steps of their own. `key_padding_mask`
+        `(steps, embed_dim)`; key and value likewise, with a number of steps and widths of their own. `key_padding_mask`
         `(batch, key steps)`; `attn_mask` `(query steps, key steps)` or `(batch · heads, query steps, key steps)`.
         Weights `(batch, query steps, key steps)`, the mean over the heads, or `(batch, heads, ...)` of each.
 
@@ -79,6 +105,10 @@ class MultiheadAttention(Module):
         views = {id(x): self._batch_first(x) for x in (q, k, v)}  # what is one tensor stays one
         q, k, v = (self._heads(x) for x in self._project(*(views[id(x)] for x in (q, k, v))))
         mask = self._mask(q, k, key_padding_mask, attn_mask, batched)
+        if self.bias_k is not None or self.add_zero_attn:
+            if is_causal:
+                mask, is_causal = _causal(mask, q.shape[2], k.shape[2]), False
+            k, v, mask = self._with_more(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:  # attention to the unit vectors
@@ -99,16 +129,33 @@ class MultiheadAttention(Module):
 
     def _project(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, in as few products as possible."""
-        width, bias = self.embed_dim, self.in_proj_bias
+        width, bias, weight = self.embed_dim, self.in_proj_bias, self.in_proj_weight
+        if weight is None:
+            own = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            biases = [None] * 3 if bias is None else F.split(bias, width)
+            return tuple(F.linear(x, w, b) for x, w, b in zip((q, k, v), own, biases, strict=True))
         if q is k and k is v:
-            return F.split(F.linear(q, self.in_proj_weight, bias), width, dim=-1)
+            return F.split(F.linear(q, weight, bias), width, dim=-1)
         sections = [width, 2 * width] if k is v else [width] * 3
-        weights = F.split(self.in_proj_weight, sections)
+        weights = F.split(weight, sections)
         biases = [None] * 3 if bias is None else F.split(bias, sections)
         if k is v:
             both = F.linear(k, weights[1], biases[1])
             return F.linear(q, weights[0], biases[0]), *F.split(both, width, dim=-1)
         return tuple(F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=False))
+
+    def _with_more(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values with those that are always looked at behind them; `(batch, heads, steps, width)`."""
+        before = k.shape[2]
+        if self.bias_k is not None and self.bias_v is not None:
+            each = np.zeros((k.shape[0], 1, self.embed_dim), k.dtype)  # a batch of them
+            k = F.concatenate([k, self._heads(self.bias_k + each)], 2)
+            v = F.concatenate([v, self._heads(self.bias_v + each)], 2)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        if mask is not None:
+            mask = F.pad(mask, (0, k.shape[2] - before), value=mask.dtype == np.bool_)
+        return k, v, mask
 
     def _heads(self, x: Tensor) -> Tensor:
         """`(batch, steps, embed_dim)` as `(batch, heads, steps, width)`, without a copy."""
@@ -152,13 +199,15 @@ class MultiheadAttention(Module):
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         time = 1 if self.batch_first else 0
+        widths = (self.embed_dim, self.kdim, self.vdim)
         right = q.ndim == k.ndim == v.ndim and q.ndim in (2, 3)
-        right = right and {x.shape[-1] for x in (q, k, v)} == {self.embed_dim} and k.shape == v.shape
+        right = right and (q.shape[-1], k.shape[-1], v.shape[-1]) == widths and k.shape[:-1] == v.shape[:-1]
         if not right or (q.ndim == 3 and q.shape[1 - time] != k.shape[1 - time]):
             order = "batch, steps" if self.batch_first else "steps, batch"
+            width = str(self.embed_dim) if self.in_proj_weight is not None else f"one of {widths}"
             raise ValueError(
                 f"MultiheadAttention({self.embed_dim}, {self.num_heads}) got query {q.shape}, key {k.shape}, value "
-                f"{v.shape}; each must be ({order}, {self.embed_dim}) or (steps, {self.embed_dim}), key and value alike"
+                f"{v.shape}; each must be ({order}, {width}) or (steps, {width}), key and value alike"
             )
 
 
@@ -240,6 +289,14 @@ class TransformerEncoderLayer(Module):
             return x + feed_forward(self.norm2(x))
         x = self.norm1(x + attend(x))
         return self.norm2(x + feed_forward(x))
+
+
+def _causal(mask: Tensor | None, queries: int, keys: int) -> Tensor:
+    """`mask`, True where to look or numbers to add, and no query looks at keys behind its own step."""
+    seen = np.tril(np.ones((queries, keys), np.bool_))
+    if mask is None or mask.dtype == np.bool_:
+        return Tensor(seen if mask is None else mask.data & seen)
+    return mask + np.where(seen, 0, -np.inf).astype(mask.dtype)
 
 
 def _as_numbers(mask: Tensor, dtype: DTypeLike) -> Tensor:
