@@ -228,14 +228,18 @@ def _run_guarded(
         known = {**os.environ, **job.environment}  # whose names the planned command has
         new = {name: environment[name] for name in other_hosts.forwarded(environment) if name not in known}
         command = other_hosts.passing_on(job.command, vendor, {**new, **of_this_run})
-    process = subprocess.Popen(
-        [*tether(), *command],
-        # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.
-        env={**environment, **of_this_run, "DISTPROP_END": ""},
-        start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
-        stdout=stdout,
-        stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
-    )
+    try:
+        process = subprocess.Popen(
+            [*tether(), *command],
+            # Hydra (4.3, 5.0) loses the last variable that it is to pass on to another host by its name.
+            env={**environment, **of_this_run, "DISTPROP_END": ""},
+            start_new_session=True,  # so that the terminal's Ctrl-C comes to this process alone
+            stdout=stdout,
+            stdin=subprocess.DEVNULL,  # Open MPI 5.0 does not pass on its end, and repeats parts of what exceeds 64 kB
+        )
+    except OSError:
+        witness.close()
+        raise
     stop = Stop(process, watch)
     previous = stop.listen()
     try:
@@ -257,7 +261,7 @@ def _run_guarded(
 def ask(job: Job) -> tuple[int, str]:
     """Run the job, and return its exit status with the line of JSON that one of its ranks has printed, if any."""
     with tempfile.TemporaryFile("w+") as output:
-        status = run(job, stdout=output)
+        status = run(job, supervise=True, stdout=output)
         output.seek(0)
         return status, next((line for line in output if line.startswith("{")), "")
 

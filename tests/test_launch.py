@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from distprop import launch, launcher, processes, rank
+from distprop.comm import recorder
 from distprop.comm.mpi import Library
 from distprop.hosts import probe
 from distprop.launcher import Launcher
@@ -583,6 +584,27 @@ def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, jobs: Jobs)
         done = finish(process, seconds=20)
     assert done.returncode == 1
     assert "all ranks have ended, but not their launcher" in done.stderr
+
+
+def test_a_single_rank_is_asked_as_well(tmp_path: Path) -> None:
+    """In a process of its own: the answer is read here, so the rank may not take this one's place."""
+    tmp_path.joinpath("answer.py").write_text("import json; print('a word'); print(json.dumps({'rank': 0}))")
+    source = "from distprop.launch import ask, plan; print('told', ask(plan(1, ['answer.py'])))"
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "told (0, '{\"rank\": 0}\\n')\n", done.stderr
+
+
+def test_a_program_that_cannot_be_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("Argument list too long")
+
+    monkeypatch.setattr(recorder, "memory_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(OSError, match="too long"):
+        launch.run(launch.Job(1, (sys.executable, "-V"), {}, ""), supervise=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
