@@ -74,20 +74,24 @@ class FixedTree:
             raise RuntimeError(f"rank {self.comm.rank} has added {self._next - self.mine.start} of its shards only")
         my_slice = share(self.length, self.comm.rank, self.comm.size)
         node = self.comm.node
-        if node and node.size == self.comm.size and (outs := node.arrays(out)):
-            self._total_in_shared_memory(node, outs, my_slice)
+        everywhere = [node.arrays(array) or () for array in (out, *self._memory)] if node else []
+        if node and node.size == self.comm.size and all(everywhere):  # there may have been room for some of them only
+            self._total_in_shared_memory(node, everywhere, my_slice)
         else:
             out[my_slice] = _finish(self._collect(my_slice))
             self._gather(out, my_slice)
         self._partials.clear()
         self._next = self.mine.start
 
-    def _total_in_shared_memory(self, node: Node, outs: Sequence[Array], my_slice: slice) -> None:
-        """Finish my slice right where the others' partial sums lie, and write it to all of them."""
+    def _total_in_shared_memory(self, node: Node, everywhere: Sequence[Sequence[Array]], my_slice: slice) -> None:
+        """Finish my slice right where the others' partial sums lie, and write it to all of them.
+
+        `everywhere` has every rank's `out`, and then every rank's partial sums, level by level.
+        """
         node.barrier()  # all partial sums are there
-        everywhere = [node.arrays(level) or () for level in self._memory]
+        outs, *levels = everywhere
         held = [
-            _Partial(*subtree, everywhere[level][rank])
+            _Partial(*subtree, levels[level][rank])
             for rank, of_rank in enumerate(self._held)  # and so in the order of the shards
             for level, subtree in enumerate(of_rank)
         ]

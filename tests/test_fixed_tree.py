@@ -62,6 +62,26 @@ def test_messages_shorter_than_the_number_of_ranks_or_longer_than_a_piece(length
         assert results[0].tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_shared_memory_may_have_room_for_some_arrays_only(missing: int) -> None:
+    messages = messages_of(6, 50, "float32")
+    expected = by_hand([message.copy() for message in messages])
+
+    def cramped(comm):
+        allocate, arrays = comm.node.allocate, []
+
+        def allocate_if_there_is_room(*arguments):
+            arrays.append(arguments)
+            return allocate(*arguments) if len(arrays) > missing else None
+
+        comm.node.allocate = allocate_if_there_is_room
+        return total(comm, messages)
+
+    for results in run_threads(2, cramped, share_memory=True):
+        for result in results:
+            assert result.tobytes() == expected.tobytes()
+
+
 def test_added_messages_may_be_overwritten() -> None:
     tree = FixedTree(SoloCommunicator(), 3, 2, np.float32)
     message = np.array([1.0, 2.0], np.float32)
