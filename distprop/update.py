@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from distprop import random
 from distprop.data.loader import share
 from distprop.health import Health
@@ -48,7 +50,7 @@ class Update:
         shards: in deterministic mode, the pieces of the global batch.
         health: looks at some steps.
         timeline: is told when each part of a step begins and ends.
-        wishes: (stop, save), what this rank wants of all of them; asked once for each message.
+        wishes: (stop, save), what this rank wants of all of them; asked once a step.
     """
 
     def __init__(
@@ -99,15 +101,22 @@ class Update:
         comm = self.parallel.comm
         run = share(shards, comm.rank, comm.size)
         mine = [share(rows, number, shards) for number in range(run.start, run.stop)]
+        wishes = None
+        if comm.size > shards:  # a rank without a shard sends nothing that its wishes could travel with
+            wishes = comm.allreduce(np.array(self._wishes(), np.float64))
         for shard in mine:
             local = slice(shard.start - mine[0].start, shard.stop - mine[0].start)
-            self._forward_backward([array[local] for array in batch], shard.start)
+            part = [array[local] for array in batch]
+            self._forward_backward(part, shard.start, wishes if shard is mine[-1] else (0, 0))
             self.parallel.end_shard()
         self.parallel.send(**dict.fromkeys(_SENT, 0.0))
         self.parallel.reduce_shards()
 
-    def _forward_backward(self, batch: Batch, first_row: int) -> None:
-        """Gradients of some rows, in `accumulate` pieces; the last piece's backward pass reduces them."""
+    def _forward_backward(self, batch: Batch, first_row: int, wishes: Sequence[float] | Array | None = None) -> None:
+        """Gradients of some rows, in `accumulate` pieces; the last piece's backward pass reduces them.
+
+        The `wishes` travel along; None to ask for them.
+        """
         tally, place = Tally(), random.place()
         for number in range(self.accumulate):
             piece = share(len(batch[-1]), number, self.accumulate)
@@ -126,7 +135,7 @@ class Update:
                     self.parallel.backward(weighed, examples=len(target))
         bad = not math.isfinite(tally.loss)
         rank = self.parallel.comm.rank if bad else 0
-        values = tally.loss, tally.correct, tally.classifies, bad, rank, *self._wishes()
+        values = tally.loss, tally.correct, tally.classifies, bad, rank, *(self._wishes() if wishes is None else wishes)
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         with self._timeline("backward"):
             self.parallel.backward(weighed, examples=len(target))

@@ -57,11 +57,12 @@ def test_a_signal_stops_after_a_step_with_a_checkpoint(
     assert_resumes_to_the_same_bits(tmp_path / "run", tmp_path)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("asked", [0, 2])
+@pytest.mark.parametrize("options", [{"deterministic": False}, {"shards": 4}, {"shards": 1}, {"shards": 2}], ids=str)
+@pytest.mark.parametrize("asked", [0, 1, 2])
 def test_one_rank_is_asked_and_all_stop_at_the_same_step(
-    asked: int, deterministic: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: int, options: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also if it is a rank that has no shard, whose gradients' message would carry the wish."""
     steps: list[int] = []
 
     def train(comm: dp.comm.Communicator) -> None:
@@ -69,7 +70,7 @@ def test_one_rank_is_asked_and_all_stop_at_the_same_step(
             if result.step == 4 and comm.rank == asked:
                 trainer._stop_request._note(signal.SIGUSR1, None)
 
-        trainer = make_trainer(comm, tmp_path, callbacks=[ask], deterministic=deterministic, shards=4)
+        trainer = make_trainer(comm, tmp_path, callbacks=[ask], **options)
         with pytest.raises(stopping.StoppedError):
             trainer.fit(dataset(), epochs=4)
         steps.append(trainer.step)
@@ -193,6 +194,19 @@ def test_the_time_of_the_environment_stops_training_before_it_is_over(
     assert "the time is over: stopped after step" in capsys.readouterr().err
     monkeypatch.delenv("DISTPROP_MAX_TIME")
     assert_resumes_to_the_same_bits(tmp_path / "run", tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"deterministic": False, "accumulate": 2}, {"shards": 4}, {"shards": 1}], ids=str)
+def test_a_rank_is_asked_once_a_step(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of several shards would else count as several short ones, for which too little time is left."""
+    asked: list[float] = []
+    monkeypatch.setattr(stopping.StopRequest, "numbers", lambda *_: asked.append(time.time()) or (0.0, 0.0))
+
+    def train(comm: dp.comm.Communicator) -> None:
+        make_trainer(comm, None, checkpoint_every=None, **options).fit(dataset(), steps=3)
+
+    run_threads(2, train)
+    assert len(asked) == 2 * 3
 
 
 def test_time_is_left_for_the_longest_step_and_the_slowest_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
