@@ -165,9 +165,10 @@ def forget_after(run_dir: Path, step: int, name: str = METRICS) -> None:
     path = run_dir / name
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # a damaged byte is no line's end
+    kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= step)
     replacement = path.with_suffix(".partial")
-    replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    replacement.write_text(kept, encoding="utf-8", errors="surrogateescape")
     os.replace(replacement, path)
 
 

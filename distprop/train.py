@@ -248,9 +248,6 @@ class Trainer:
             raise ValueError("fit() got an empty validation set")
         told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
         compare_settings(told | self._identity(), self.comm)
-        if not self._resumed:
-            self._fit_began = (self.epoch, self.step)
-        self._resumed = False
         loader = Loader(
             dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards,
             prefetch=self._prefetch,
@@ -261,6 +258,9 @@ class Trainer:
                 f"the rest of it is not in a dataset of {len(dataset)}"
             )
         self._examples = len(dataset)
+        if not self._resumed:
+            self._fit_began = (self.epoch, self.step)
+        self._resumed = False
         last_epoch = math.inf if epochs is None else self._fit_began[0] + epochs
         last_step = math.inf if steps is None else self._fit_began[1] + steps
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
@@ -321,10 +321,10 @@ class Trainer:
             if look := self._health.take(result):
                 self._tell(look, progress)
             stopped = self._ask_callbacks(result)
-            if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.batch < len(loader):
-                self._save()
             if stopped or self.step >= last_step:
                 return stopped
+            if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.batch < len(loader):
+                self._save()
             received = self.parallel.received
             self._stop_request.agreed = bool(received["stop"])
             if self._stop_request.agreed:

@@ -211,6 +211,36 @@ def test_the_best_checkpoint_is_kept_after_a_resume(tmp_path: Path) -> None:
     assert "step-000000007" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
+def test_the_best_checkpoint_is_known_after_a_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    first = make_trainer(SoloCommunicator(), tmp_path)
+    first.fit(dataset(), steps=10, validation=dataset())  # where a checkpoint is due, too
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert resumed.step == 10
+    assert resumed._best_loss == first._best_loss < np.inf
+    resumed._best_loss = 0.0  # nothing that follows is better
+    resumed.fit(dataset(), steps=40, validation=dataset())
+    assert "step-000000010" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
+def test_a_resumed_run_ends_where_it_should_after_a_call_that_was_refused(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=10)
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="the rest of it is not in a dataset of 40"):
+        resumed.fit(dp.data.ArrayDataset(*dataset()[np.arange(40)]), epochs=2)
+    resumed.fit(dataset(), epochs=2)
+    assert (resumed.epoch, resumed.step) == (2, 14)
+
+
+def test_a_damaged_byte_in_the_metrics_is_no_obstacle(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=10)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b"\xff\xfe\n" + metrics.read_bytes() + b'{"step": 9, "note": "\xff"}\n')
+    make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    kept = metrics.read_bytes().splitlines()
+    assert kept[0].startswith(b'{"')
+    assert kept[-1] == b'{"step": 9, "note": "\xff"}'
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
