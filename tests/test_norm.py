@@ -424,6 +424,14 @@ def test_conversion_keeps_parameters_estimates_and_modes(rng):
     assert isinstance(alone.comm, SoloCommunicator)  # world(), from the first use
 
 
+def test_a_batch_norm_in_two_places_is_converted_to_one():
+    shared = nn.BatchNorm1d(3)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(shared, nn.Linear(3, 3), nn.Sequential(shared)))
+    assert model[0] is model[2][0]
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    assert len(list(model.buffers())) == len(list(shared.buffers()))
+
+
 def test_a_copy_talks_to_the_same_ranks():
     def copied(comm):
         layer = nn.Sequential(nn.SyncBatchNorm(2, comm=comm))

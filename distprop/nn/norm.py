@@ -157,13 +157,15 @@ class SyncBatchNorm(_BatchNorm):
         The parameters, running estimates and modes are the old ones. If `module` itself is a batch norm, the result is
         a new module.
         """
-        if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
-            converted = SyncBatchNorm.__new__(SyncBatchNorm)
-            vars(converted).update(vars(module), comm=comm)
-            return converted
-        for name, child in list(module.named_children()):
-            vars(module)[name] = SyncBatchNorm.convert_sync_batchnorm(child, comm)
-        return module
+        converted: dict[int, SyncBatchNorm] = {}  # one for a batch norm that stands in several places
+        for part in list(module.modules()):
+            if isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm):
+                converted[id(part)] = SyncBatchNorm.__new__(SyncBatchNorm)
+                vars(converted[id(part)]).update(vars(part), comm=comm)
+        for part in list(module.modules()):
+            for name, child in list(part.named_children()):
+                vars(part)[name] = converted.get(id(child), child)
+        return converted.get(id(module), module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy talks to the same ranks; a communicator cannot be copied."""
