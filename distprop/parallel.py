@@ -138,9 +138,6 @@ class DataParallel:
         self._passengers = passengers
         self.wire, self.shards, self.sharded_update = wire, shards, sharded_update
         self._place_parameters()
-        self._tree: FixedTree | None = None
-        if shards is not None:
-            self._tree = FixedTree(self.comm, shards, self._buffer.message.size, self._buffer.message.dtype)
         self._pace = Pace()
         self.reductions = 0  # made so far; after a resume those before it count as well
         self._broadcast()
@@ -270,11 +267,7 @@ class DataParallel:
 
     def _begin(self, examples: float) -> float:
         """The weight of a backward pass over `examples` that is about to start."""
-        if not self._buffer.holds(self._trained):
-            extra = self._buffer.extra
-            self._place_parameters()
-            self._share_parameters()
-            self._buffer.extra[:] = extra  # what the forward pass has left there
+        self._follow_parameters()
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
@@ -323,6 +316,7 @@ class DataParallel:
         """With `shards`: sum over the shards of all ranks. Collective, after `end_shard` for each of this rank's."""
         if self._tree is None:
             raise RuntimeError("reduce_shards() is for DataParallel(..., shards=n)")
+        self._follow_parameters()  # a rank without shards has had no occasion to
         fill_missing(self._trained)  # the gradients are about to be written
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
@@ -412,6 +406,17 @@ class DataParallel:
         self._sum = MessageSum(
             self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
         )
+        self._tree: FixedTree | None = None
+        if self.shards is not None:
+            self._tree = FixedTree(self.comm, self.shards, self._buffer.message.size, self._buffer.message.dtype)
+
+    def _follow_parameters(self) -> None:
+        """Make the buffer anew if the model has changed what its parameters are, such as their dtype. Collective."""
+        if not self._buffer.holds(self._trained):
+            extra = self._buffer.extra
+            self._place_parameters()
+            self._share_parameters()
+            self._buffer.extra[:] = extra  # what the forward pass has left there
 
     def _share_parameters(self) -> None:
         """The values are the same on all ranks: one copy a node will do, if it is wanted. On all nodes or on none."""

@@ -72,6 +72,27 @@ def test_running_statistics_move_by_the_mean_over_all_examples(ranks: int) -> No
         assert batches == 8
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_model_that_becomes_float64_has_gradients_of_float64(ranks: int) -> None:
+    """With more ranks than shards as well, where one has no backward pass."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 4))
+
+    def train(comm: dp.comm.Communicator) -> np.ndarray:
+        dp.manual_seed(1)
+        parallel = dp.DataParallel(nn.Linear(4, 3), comm, shards=2)
+        parallel.module.double()
+        parallel.zero_grad()
+        for shard in range(2)[dp.data.loader.share(2, comm.rank, comm.size)]:
+            parallel(x[3 * shard : 3 * shard + 3]).sum(dim=1).mean().backward()
+            parallel.end_shard()
+        parallel.reduce_shards()
+        return parallel.module.weight.grad.copy()
+
+    for gradient in run_threads(ranks, train, share_memory=True):
+        np.testing.assert_allclose(gradient, np.broadcast_to(x.mean(axis=0), (3, 4)), rtol=1e-14)
+
+
 def test_layers_whose_statistics_are_those_of_the_ranks_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3, comm=SoloCommunicator()))
     with pytest.raises(
