@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distprop.nn.module import Module
-from distprop.nn.watch import watch_forward
+from distprop.nn.watch import parts_of, watch_forward
 from distprop.tape import Array, Node, observe_backward
 from distprop.tensor import Tensor
 
@@ -102,7 +102,7 @@ class Capture:
         if output is self._last_output and module is not self._model and any(module.children()):
             return  # it hands on what the last one in it has made
         self._last_output = output
-        for place, part in _parts(output):
+        for place, part in parts_of(output):
             suffix = f"{f'/{name}' if name else ''}{place}"
             key = _free(f"output{suffix}", self._forward)
             self.kinds[key] = type(module).__name__
@@ -134,18 +134,6 @@ class Capture:
 
     def _scaled(self, gradient: Array) -> Array:
         return gradient * gradient.dtype.type(self._scale) if self._scale != 1 else gradient.copy()
-
-
-def _parts(output: Any, place: str = "") -> Iterator[tuple[str, Tensor | Array]]:
-    """The arrays in what a module returned, each with its place in there, as `[0]`."""
-    if isinstance(output, Tensor | np.ndarray):
-        yield place, output
-    elif isinstance(output, Mapping):
-        for key, part in output.items():
-            yield from _parts(part, f"{place}[{key}]")
-    elif isinstance(output, list | tuple):
-        for number, part in enumerate(output):
-            yield from _parts(part, f"{place}[{number}]")
 
 
 def _mean(losses: Sequence[tuple[float, int]]) -> float:

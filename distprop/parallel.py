@@ -8,7 +8,6 @@ other.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.message_sum import MessageSum
 from distprop.nn.module import Module
 from distprop.nn.norm import SyncBatchNorm
+from distprop.nn.watch import parts_of
 from distprop.pace import Pace
 from distprop.replicas import compare_layout, compare_values
 from distprop.running import RunningStatistics
@@ -458,20 +458,11 @@ class _ForwardPass:
 
 def _mark(output: Any, forward_pass: _ForwardPass) -> bool:
     """Attach `forward_pass` to every tensor in the output; tells whether there is any."""
-    if isinstance(output, Tensor):
-        if output.node is not None and forward_pass not in output.node.passes:
-            output.node.passes = (*output.node.passes, forward_pass)
-        return True
-    if isinstance(output, Mapping):
-        parts = list(output.values())
-    elif isinstance(output, list | tuple):
-        parts = list(output)
-    elif dataclasses.is_dataclass(output):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    else:
-        parts = []
-    marked = [_mark(part, forward_pass) for part in parts]
-    return any(marked)
+    tensors = [part for _, part in parts_of(output) if isinstance(part, Tensor)]
+    for tensor in tensors:
+        if tensor.node is not None and forward_pass not in tensor.node.passes:
+            tensor.node.passes = (*tensor.node.passes, forward_pass)
+    return bool(tensors)
 
 
 def _leading_axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

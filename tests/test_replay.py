@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import distprop as dp
 from distprop import functional as F
 from distprop import nn, numbers, optim
+from distprop.capture import Capture
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, play, run_threads, world
 from distprop.config import Config, Model, Optim, Train
@@ -305,6 +306,32 @@ def test_a_step_that_raises_shows_what_there_was(tmp_path: Path) -> None:
     made = again(tmp_path, 5, 1, lambda: spoilt_run(tmp_path, None, boom))
     assert "the step ended with KeyError: 'boom'" in made.summary
     assert [name for name in made.arrays if name.startswith(("output", "grad"))] == ["output/0"]
+
+
+@dataclass
+class Output:
+    """What a network may return, as `DataParallel` allows."""
+
+    scores: dp.Tensor
+    states: tuple[dp.Tensor, ...] = ()
+
+
+def test_what_a_module_returns_in_a_dataclass_is_seen() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: np.ndarray) -> Output:
+            return Output(self.linear(x), (self.linear(x) * 2,))
+
+    model, x = Network(), np.ones((4, 2), np.float32)
+    capture = Capture(model)
+    with capture.watching():
+        output = dp.DataParallel(model)(x)
+        (output.scores.sum() + output.states[0].sum()).backward()
+    found = capture.arrays(np.arange(4), (x, np.zeros(4)))
+    assert {"output.scores", "output.states[0]", "output_grad.states[0]"} <= set(found)
+    np.testing.assert_array_equal(found["output_grad.states[0]"], np.full((4, 3), 4.0))  # weighed with its examples
 
 
 def test_two_runs_that_differ_do_so_first_in_the_layer_that_is_to_blame(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from distprop.nn.module import Module
+from distprop.tape import Array
+from distprop.tensor import Tensor
 
 
 @contextmanager
@@ -32,6 +37,25 @@ def watch_forward(
             vars(module).pop("forward", None)
             if own is not None:
                 vars(module)["forward"] = own
+
+
+def parts_of(output: Any, place: str = "") -> Iterator[tuple[str, Tensor | Array]]:
+    """The tensors and arrays in what a module returned, each with its place in there.
+
+    >>> [place for place, _ in parts_of({"scores": np.ones(2), "states": (np.ones(3), np.ones(4))})]
+    ['[scores]', '[states][0]', '[states][1]']
+    """
+    if isinstance(output, Tensor | np.ndarray):
+        yield place, output
+    elif isinstance(output, Mapping):
+        for key, part in output.items():
+            yield from parts_of(part, f"{place}[{key}]")
+    elif isinstance(output, list | tuple):
+        for number, part in enumerate(output):
+            yield from parts_of(part, f"{place}[{number}]")
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from parts_of(getattr(output, field.name), f"{place}.{field.name}")
 
 
 def _watched(
