@@ -14,7 +14,8 @@ import numpy as np
 
 from distprop import functional as F
 from distprop import optim
-from distprop.bench.step import LR, MOMENTUM, relu_network
+from distprop.bench.step import MOMENTUM, relu_network
+from distprop.bench.workload import network
 from distprop.comm import Communicator, world
 from distprop.parallel import DataParallel
 from distprop.random import manual_seed
@@ -36,18 +37,11 @@ def main() -> None:
 
 def step_seconds(comm: Communicator, batch: int, steps: int) -> float:
     """Median seconds of a step of the network of `WIDTHS` in float32, `batch` rows on each rank."""
-    manual_seed(0)
-    rng = np.random.default_rng(comm.rank)
-    x, y = rng.normal(size=(batch, WIDTHS[0])).astype(np.float32), rng.integers(0, WIDTHS[-1], batch)
-    model = relu_network(WIDTHS)
-    parallel = DataParallel(model, comm)
-    optimizer = optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    step = network(WIDTHS).step(comm, batch)
     times = []
     for _ in range(steps + 3):
         began = time.perf_counter()
-        optimizer.zero_grad()
-        F.cross_entropy(parallel(x), y).backward()
-        optimizer.step()
+        step()
         times.append(time.perf_counter() - began)
     return statistics.median(times[3:])
 

@@ -24,11 +24,12 @@ import numpy as np
 
 from distprop import functional as F
 from distprop import nn, optim
-from distprop.bench.step import LR, MOMENTUM, relu_network
+from distprop.bench.step import LR, relu_network
+from distprop.bench.workload import network
+from distprop.comm import world
 from distprop.data import ArrayDataset, Loader
 from distprop.launch import allowed_cores, plan
 from distprop.parallel import DataParallel
-from distprop.random import manual_seed
 from distprop.tape import Array
 
 SLOPE_LIMIT = 1.1
@@ -167,18 +168,11 @@ def _linear(
 
 def _step_seconds(widths: Sequence[int], rows: int, seconds_allowed: float) -> float:
     """Median seconds of a training step of a ReLU network; at least 3, at most 200, or as many as the time allows."""
-    manual_seed(0)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(rows, widths[0])).astype(np.float32), rng.integers(0, widths[-1], rows)
-    model = relu_network(widths)
-    parallel = DataParallel(model)
-    optimizer = optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    step = network(widths).step(world(), rows)
     times: list[float] = []
     while len(times) < 5 or (len(times) < 200 and sum(times) < seconds_allowed):
         began = time.perf_counter()
-        optimizer.zero_grad()
-        F.cross_entropy(parallel(x), y).backward()
-        optimizer.step()
+        step()
         times.append(time.perf_counter() - began)
     return statistics.median(times[2:])  # the first two warm up
 

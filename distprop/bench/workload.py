@@ -14,7 +14,7 @@ from distprop.bench.links import time_together
 from distprop.bench.step import LR, MOMENTUM, relu_network
 from distprop.comm import Communicator, SoloCommunicator
 from distprop.config import Config
-from distprop.job import build_model, build_optimizer, load_data
+from distprop.job import prepare
 from distprop.parallel import DataParallel
 from distprop.random import manual_seed
 from distprop.tape import Array
@@ -65,19 +65,15 @@ def network(sizes: Sequence[int]) -> Workload:
 
 def configured(config: Config) -> Workload:
     """The model, loss and optimizer of a configuration, on its own data."""
-    manual_seed(config.train.seed)
-    train_set, _ = load_data(config.data)
-    classes = config.train.loss == "cross_entropy"
-    outputs = int(train_set.y.max()) + 1 if classes else int(np.prod(train_set.y.shape[1:]))
-    model = build_model(config.model, train_set.x[:1].size, outputs)
+    task = prepare(config)
 
     def batch(rows: int) -> tuple[Array, Array]:
-        x, y = train_set[np.arange(rows) % len(train_set)]
+        x, y = task.train_set[np.arange(rows) % len(task.train_set)]
         return x, y
 
-    optimizer = build_optimizer(config.optim, model, steps=1)
-    name = "-".join(map(str, [train_set.x[:1].size, *config.model.hidden, outputs]))
-    return Workload(name, model, getattr(F, config.train.loss), optimizer, batch)
+    layers = [layer for layer in task.model if isinstance(layer, nn.Linear)]
+    name = "-".join(map(str, [layers[0].in_features, *(layer.out_features for layer in layers)]))
+    return Workload(name, task.model, getattr(F, config.train.loss), task.optimizer, batch)
 
 
 def time_alone(workload: Workload, comm: Communicator, rows: int, seconds: float) -> tuple[tuple[int, float], ...]:
