@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distprop.allocator import aligned_like
-from distprop.functional.check import floating, same_dtype
+from distprop.functional.check import affine_inputs
+from distprop.functional.pointwise import placed
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -61,8 +62,7 @@ def batch_norm(
         ValueError: shapes that do not fit; no running estimates when not training.
         TypeError: the dtypes differ or are not floating point.
     """
-    x = as_tensor(input)
-    weight, bias = (None if p is None else as_tensor(p) for p in (weight, bias))
+    x, weight, bias = affine_inputs("batch_norm", input, weight, bias)
     estimates = tuple(as_tensor(p).data for p in (running_mean, running_var) if p is not None)
     _check(x, weight, bias, estimates, training)
     channels = _Channels(x.data)
@@ -93,7 +93,7 @@ def batch_norm(
             gradients[0] = channels.restore(channels.affine(g, None, slope, None))
         for tensor, d in ((weight, sums[1] * scale), (bias, sums[0])):
             if tensor is not None:
-                gradients.append(_placed(d, tensor, out[len(gradients)]))
+                gradients.append(placed(d if tensor.requires_grad else None, tensor, out[len(gradients)]))
         return gradients
 
     inputs = tuple(tensor for tensor in (x, weight, bias) if tensor is not None)
@@ -221,30 +221,16 @@ def _move(estimates: tuple[Array, ...], towards: tuple[Array, ...], share: float
         estimate[...] = (1 - share) * estimate + share * value
 
 
-def _placed(gradient: Array, parameter: Tensor, out: Array | None) -> Array | None:
-    """A sum that was made in float64, in the parameter's dtype."""
-    if not parameter.requires_grad:
-        return None
-    if out is None:
-        return gradient.astype(parameter.dtype)
-    out[...] = gradient
-    return out
-
-
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, estimates: tuple[Array, ...], training: bool) -> None:
-    floating("batch_norm", x)
     if x.ndim < 2:
         raise ValueError(f"batch_norm needs x of shape (batch, channels, ...), got {x.shape}")
-    parameters = {name: p for name, p in (("weight", weight), ("bias", bias)) if p is not None}
-    same_dtype("batch_norm", x=x, **parameters)
     if len(estimates) == 1:
         raise ValueError("batch_norm needs both running_mean and running_var, or neither")
     if not training and not estimates:
         raise ValueError("batch_norm needs running_mean and running_var when it is not training")
-    named = {name: p.data for name, p in parameters.items()}
-    for name, array in (named | dict(zip(("running_mean", "running_var"), estimates, strict=False))).items():
-        if array.shape != (x.shape[1],):
+    for name, given in zip(("weight", "bias", "running_mean", "running_var"), (weight, bias, *estimates), strict=False):
+        if given is not None and given.shape != (x.shape[1],):
             raise ValueError(
-                f"batch_norm of x of shape {x.shape} got a {name} of shape {array.shape}; "
+                f"batch_norm of x of shape {x.shape} got a {name} of shape {given.shape}; "
                 f"it must be one number for each of the {x.shape[1]} channels"
             )

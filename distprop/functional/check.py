@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.tape import Array
-from distprop.tensor import Tensor
+from distprop.tensor import Operand, Tensor, as_tensor
 
 
 def floating(operation: str, x: Tensor) -> None:
@@ -24,6 +24,26 @@ def same_dtype(operation: str, **tensors: Tensor) -> None:
             floating(operation, first)
             found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
             raise TypeError(f"{operation} needs one floating-point dtype, got {found}; convert with .astype(...)")
+
+
+def affine_inputs(
+    operation: str, input: Operand, weight: Operand | None, bias: Operand | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, γ and β as tensors of one floating-point dtype."""
+    x = as_tensor(input)
+    parameters = {name: as_tensor(p) for name, p in (("weight", weight), ("bias", bias)) if p is not None}
+    floating(operation, x)
+    same_dtype(operation, x=x, **parameters)
+    return x, parameters.get("weight"), parameters.get("bias")
+
+
+def check_affine(operation: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise unless γ and β, where they are given, have the shape `shape`."""
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != shape:
+            raise ValueError(
+                f"{operation} of x of shape {x.shape} got a {name} of shape {parameter.shape}; it must be {shape}"
+            )
 
 
 def valid_axis(operation: str, dim: int, shape: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from distprop.functional import groups as grouped
 from distprop.functional import transposed
 from distprop.functional.check import same_dtype
 from distprop.functional.geometry import Size, convolution_window, transposed_window
+from distprop.functional.pointwise import placed
 from distprop.functional.windows import Window, channels_last, channels_second
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
@@ -109,7 +110,7 @@ def conv_transpose2d(
             db = _bias_gradient(g, out[2])
         return [
             None if dx is None else channels_second(dx),
-            None if dw is None else _written(dw, out[1]),
+            placed(dw, w, out[1]),
             db,
         ][: len(inputs)]
 
@@ -142,7 +143,7 @@ def _convolution(
         db = None if b is None or not b.requires_grad else _bias_gradient(g, out[2])
         return [
             None if dx is None else channels_second(dx, x.ndim),
-            None if dw is None else _written(dw if axes == 2 else dw[..., 0], out[1]),
+            placed(dw, w, out[1]),
             db,
         ][: len(inputs)]
 
@@ -165,13 +166,6 @@ def _bias_gradient(grad: Array, out: Array | None) -> Array:
     """Σ of g over everything but the channels, as a product with ones, five times as fast as a sum over an axis."""
     rows = grad.reshape(-1, grad.shape[3])
     return np.matmul(np.ones(len(rows), grad.dtype), rows, out=out)
-
-
-def _written(dw: Array, out: Array | None) -> Array:
-    if out is None:
-        return dw
-    out[...] = dw
-    return out
 
 
 def _operands(

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from distprop.allocator import aligned_like
+from distprop.functional.check import affine_inputs, check_affine
 from distprop.functional.moments import Moments, Outer
-from distprop.functional.norm import affine_inputs, check_affine, placed
+from distprop.functional.pointwise import placed
 from distprop.functional.short_buffers import short_buffers
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
@@ -72,7 +73,7 @@ def group_norm(
         for tensor, each in ((weight, sums[0]), (bias, sums[1])):
             if tensor is not None:
                 total = each.reshape(-1, channels).sum(axis=0) if tensor.requires_grad else None
-                gradients.append(None if total is None else placed(total, tensor, out[len(gradients)]))
+                gradients.append(placed(total, tensor, out[len(gradients)]))
         return gradients
 
     inputs = tuple(tensor for tensor in (x, weight, bias) if tensor is not None)

@@ -104,6 +104,17 @@ def like(model: Array, place: Array | None) -> Array:
     return aligned_like(model) if place is None or place.strides != model.strides else place
 
 
+def placed(gradient: Array | None, parameter: Tensor, out: Array | None) -> Array | None:
+    """A parameter's gradient in its shape and dtype, and in its place in the buffer of all gradients if it has one."""
+    if gradient is None:
+        return None
+    gradient = gradient.reshape(parameter.shape)
+    if out is None:
+        return gradient.astype(parameter.dtype, copy=False)
+    out[...] = gradient
+    return out
+
+
 def row_sums(matrix: Array) -> Array:
     """Σ_j a_ij as `(rows, 1)`, each row on its own; a product with ones takes a third of the time of sum(axis=1)."""
     return np.vecdot(matrix, np.ones(matrix.shape[-1], matrix.dtype))[:, None]
