@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -27,9 +25,6 @@ PLAIN, BOLD, DIM, RED, GREEN, YELLOW, CYAN = "", "1", "2", "31", "32", "33", "36
 WIDEST = 110  # columns; beyond it a line is hard to follow
 _MARKS = "▁▂▃▄▅▆▇█0×"  # eight heights, zero, not finite
 _MARK_COLOURS = (CYAN, DIM, RED)
-_WIDE = re.compile(  # Unicode's wide letters and the accents, roughly; what else there is takes one column
-    "[\u0300-\u036f\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe00-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff]"
-)
 _LONGEST_VERDICT = 3  # lines
 
 
@@ -105,7 +100,9 @@ def width_of(text: str) -> int:
     >>> width_of("weight"), width_of("重み"), width_of("é")
     (6, 4, 1)
     """
-    return sum(map(_width, text)) if _WIDE.search(text) else len(text)
+    from rich.cells import cell_len  # few programs show a live view
+
+    return cell_len(text)
 
 
 def _bar_line(name: str, done: int, total: int, columns: int, after: str) -> list[Piece]:
@@ -152,10 +149,10 @@ def _sparklines(norms: Mapping[str, Numbers], columns: int, rows: int) -> list[l
     names = list(norms)
     shown = min(len(names), rows - 1)
     places = [round(i * (len(names) - 1) / max(1, shown - 1)) for i in range(shown)]
-    names = [names[place] for place in places]
-    widest = min(max(map(width_of, names)), max(6, columns // 3))
+    chosen = {_printable(names[place]): norms[names[place]] for place in places}
+    widest = min(max(map(width_of, chosen)), max(6, columns // 3))
     length = max(1, columns - widest - 2 - 10)
-    recent = {name: norms[name][-length:] for name in names}
+    recent = {name: values[-length:] for name, values in chosen.items()}
     together = np.concatenate(list(recent.values()))
     positive = together[np.isfinite(together) & (together > 0)]
     low, high = _scale(positive)
@@ -199,18 +196,21 @@ def _text(pieces: Sequence[Piece], columns: int, colour: bool) -> str:
     """The pieces up to `columns`, in their colours."""
     parts, room = [], columns
     for text, code in pieces:
-        kept = _head(text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text), room)
+        kept = _head(_printable(text), room)
         room -= width_of(kept)
         parts.append(f"\x1b[{code}m{kept}\x1b[0m" if colour and code and kept else kept)
     return "".join(parts)
 
 
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _head(text: str, columns: int) -> str:
-    """The beginning of `text`, so much as fits."""
-    if not _WIDE.search(text):
-        return text[:columns]
-    used = itertools.accumulate(map(_width, text))
-    return "".join(character for character, width in zip(text, used, strict=True) if width <= columns)
+    """The beginning of `text`, so much as fits; a space in the place of half a letter."""
+    from rich.cells import set_cell_size
+
+    return text if width_of(text) <= columns else set_cell_size(text, columns)
 
 
 def _shortened(text: str, columns: int) -> str:
@@ -219,9 +219,3 @@ def _shortened(text: str, columns: int) -> str:
         return text
     head = _head(text, (columns - 1) // 2)
     return f"{head}…{_head(text[::-1], columns - 1 - width_of(head))[::-1]}"
-
-
-def _width(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -109,6 +109,9 @@ def test_long_and_strange_names_keep_their_ends() -> None:
     assert re.fullmatch(r"a+…a+\.weight +▅▅▅ 1\.0e\+00", lines[0])
     assert re.fullmatch(r"層\?\[2J\.重み +▅▅▅ 1\.0e\+00", lines[1])
     assert lines[0].index("▅") == width_of(lines[1][: lines[1].index("▅")])
+    for columns in range(1, 60):
+        lines = frame(scene(norms={"重" * 40: np.ones(3)}, verdicts=("層" * 40,)), columns, 20, colour=False)
+        assert max(map(width_of, lines)) <= columns
 
 
 def test_the_last_verdicts_that_fit_are_shown_whole() -> None:
