@@ -63,14 +63,12 @@ class Scene:
 def frame(scene: Scene, columns: int, rows: int, colour: bool = True) -> list[str]:
     """At most `rows` lines of at most `columns` characters, at least one."""
     columns, rows = max(1, min(columns, WIDEST)), max(1, rows)
-    total = _bar_line("total", scene.done, scene.total, columns, _left(scene))
-    epoch = _bar_line(f"epoch {scene.epoch}/{scene.epochs}", scene.batch, scene.batches, columns, "")
-    if scene.epochs == 1:
-        total = _bar_line("epoch 1/1", scene.done, scene.total, columns, _left(scene))
-    by_weight = [(1, total), (2, _numbers(scene)), (4, _shares(scene))] + [(3, epoch)] * (scene.epochs > 1)
-    kept = sorted(weight for weight, line in by_weight if line)[:rows]
-    order = {3: 0, 1: 1, 2: 2, 4: 3}
-    lines = [line for weight, line in sorted(by_weight, key=lambda item: order[item[0]]) if weight in kept]
+    several = scene.epochs > 1
+    epoch = _bar_line(f"epoch {scene.epoch}/{scene.epochs}", scene.batch, scene.batches, columns, "") if several else []
+    total = _bar_line("total" if several else "epoch 1/1", scene.done, scene.total, columns, _left(scene))
+    ranked = [(3, epoch), (1, total), (2, _numbers(scene)), (4, _shares(scene))]  # what matters most is number 1
+    kept = sorted(number for number, line in ranked if line)[:rows]
+    lines = [line for number, line in ranked if number in kept]
     verdicts = _verdicts(scene.verdicts, columns, (rows - len(lines)) // 2)
     lines += _sparklines(scene.norms, columns, rows - len(lines) - len(verdicts))
     return [_text(line, columns, colour) for line in lines + verdicts]

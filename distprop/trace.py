@@ -100,9 +100,9 @@ def summarise(trace: Trace) -> Summary:
     ended = max((span.ended for spans in trace.spans for span in spans), default=0.0)
     phases = {phase: [_sum(of_rank, phase) for of_rank in pieces] for phase in (*PHASES, OTHER)}
     reductions = [[p for p in of_rank if p.category == "reduction"] for of_rank in pieces]
-    last = [[max(times) for times in zip(*((r.began for r in of_rank) for of_rank in reductions), strict=False)]]
+    last = [max(times) for times in zip(*((r.began for r in of_rank) for of_rank in reductions), strict=False)]
     waiting = [
-        sum(max(0.0, min(at, r.ended) - r.began) for at, r in zip(last[0], of_rank, strict=False)) / 1e6
+        sum(max(0.0, min(at, r.ended) - r.began) for at, r in zip(last, of_rank, strict=False)) / 1e6
         for of_rank in reductions
     ]
     path, arrived = _critical_path(pieces, reductions)
