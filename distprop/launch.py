@@ -25,6 +25,7 @@ from distprop import slurm
 from distprop.comm import mpi
 from distprop.comm.watchdog import TIMEOUT_VARIABLE
 from distprop.hosts import probe
+from distprop.hosts.hostfile import count
 from distprop.launcher import (
     Launcher,
     LaunchError,
@@ -34,7 +35,6 @@ from distprop.launcher import (
     major_version,
     may_read_peers,
     mca,
-    open_mpi_flags,
     open_mpi_folders,
     open_mpi_folders_of_hosts,
 )
@@ -125,7 +125,7 @@ def plan(
         (*command, *program),
         environment,
         f"{ranks} ranks on this host, {library.name}, {threads} each",
-        f"{ranks} ranks share {_count(cores, 'core')}: correct, but slow" if ranks > cores else "",
+        f"{ranks} ranks share {count(cores, 'core')}: correct, but slow" if ranks > cores else "",
         launcher,
     )
 
@@ -143,17 +143,15 @@ def _plan_hosts(
     environment |= {"DISTPROP_SIZE": str(cluster.ranks), **limit} | _terminal_environment()
     cores = cluster.ranks - cluster.oversubscribed
     environment |= launcher_environment(library, cluster.ranks, cores, cluster.reads_peers)
-    if library.vendor != "openmpi":
-        environment |= other_hosts.hydra_environment(cluster)
-    variables = [*os.environ, *environment]
+    flags = launcher_flags(library, cluster.ranks, cores, cluster.reads_peers, cluster.fabric)
     if library.vendor == "openmpi":
-        major = major_version(library.version)
-        flags = open_mpi_flags(major, cluster.ranks, cluster.oversubscribed, cluster.reads_peers, fabric=cluster.fabric)
-        flags += other_hosts.open_mpi_flags(cluster, major, variables, mca)
+        variables = [*os.environ, *environment]
+        flags += other_hosts.open_mpi_flags(cluster, major_version(library.version), variables, mca)
     else:
-        flags = ["-n", str(cluster.ranks), *other_hosts.hydra_flags(cluster, variables)]
+        environment |= other_hosts.hydra_environment(cluster)
+        flags += other_hosts.hydra_flags(cluster, [*os.environ, *environment])
     command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
-    description = f"{_count(cluster.ranks, 'rank')} on {cluster}, {library.name}, {threads} each"
+    description = f"{count(cluster.ranks, 'rank')} on {cluster}, {library.name}, {threads} each"
     advice = "; ".join([*cluster.crowded, *cluster.clocks])
     return Job(cluster.ranks, tuple(command), environment, description, advice, launcher, cluster.hosts)
 
@@ -179,18 +177,15 @@ def _plan_allocation(
     environment |= {**limit, **_terminal_environment()}
     environment |= {"SLURM_EXPORT_ENV": "ALL"}  # for the launcher's own srun, even in a job with --export=NONE
     environment |= launcher_environment(library, ranks, ranks - crowded, reads_peers)
-    if library.vendor == "openmpi":
-        fabric = bool(probe.fabric())
-        flags = open_mpi_flags(major_version(library.version), ranks, crowded, reads_peers, fabric)
-        if nodes > 1 and not fabric and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
-            # Every node's docker0 has the same address, by which no node is reached: it would wait for ever.
-            flags += mca("btl_tcp_if_exclude", ",".join(["127.0.0.0/8", *probe.bridges()]))
-    else:
-        flags = ["-n", str(ranks)]
+    fabric = probe.fabric()
+    flags = launcher_flags(library, ranks, ranks - crowded, reads_peers, fabric)
+    if library.vendor == "openmpi" and nodes > 1 and not fabric and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
+        # Every node's docker0 has the same address, by which no node is reached: it would wait for ever.
+        flags += mca("btl_tcp_if_exclude", ",".join(["127.0.0.0/8", *probe.bridges()]))
     command = [str(launcher.path), *flags, sys.executable, "-m", "distprop.rank", *program]
     where = str(allocation) if nodes == len(allocation.tasks) else f"{nodes} of {allocation}"
     advice = f"{ranks} ranks share fewer cores: correct, but slow" if crowded else ""
-    description = f"{_count(ranks, 'rank')} on {where}, {library.name}, {threads} each"
+    description = f"{count(ranks, 'rank')} on {where}, {library.name}, {threads} each"
     elsewhere = nodes > 1 or not allocation.here
     return Job(ranks, tuple(command), environment, description, advice, launcher, elsewhere=elsewhere)
 
@@ -276,7 +271,7 @@ def _thread_environment(threads: int) -> tuple[dict[str, str], str]:
     chosen = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if os.environ.get(name)]
     if chosen:
         return {}, f"BLAS threads by {' '.join(chosen)}"
-    return dict.fromkeys(THREAD_VARIABLES, str(threads)), _count(threads, "BLAS thread")
+    return dict.fromkeys(THREAD_VARIABLES, str(threads)), count(threads, "BLAS thread")
 
 
 def _terminal_environment() -> dict[str, str]:
@@ -288,10 +283,6 @@ def _terminal_environment() -> dict[str, str]:
     with contextlib.suppress(OSError):  # a container may not have the file
         window += os.ttyname(sys.stdout.fileno())
     return {"DISTPROP_TERMINAL": "1", "DISTPROP_WINDOW": window, "COLUMNS": str(columns), "LINES": str(lines)}
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _check_program(arguments: Sequence[str], module: bool) -> None:

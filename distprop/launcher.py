@@ -35,10 +35,10 @@ def find_launcher(library: mpi.Library) -> Launcher:
     Raises:
         LaunchError: there is none; the message lists those that were found.
     """
-    others = []
+    wanted, others = (library.vendor, major_version(library.version)), []
     for path in _candidates(library):
         launcher = identify(path)
-        if launcher and launcher.vendor == library.vendor and _same_major(launcher.version, library.version):
+        if launcher and (launcher.vendor, major_version(launcher.version)) == wanted:
             return launcher
         others.append(
             f"{path} ({mpi.Library(launcher.vendor, launcher.version, path).name})" if launcher else str(path)
@@ -84,10 +84,6 @@ def _candidates(library: mpi.Library) -> Iterator[Path]:
                 yield folder / name
 
 
-def _same_major(one: str, other: str) -> bool:
-    return major_version(one) == major_version(other)
-
-
 def major_version(version: str) -> int:
     """5 of "5.0.11"; 0 if there is none."""
     match = re.match(r"\d+", version)
@@ -97,13 +93,16 @@ def major_version(version: str) -> int:
 # ---------------------------------------------------------------------------------------------- what each MPI is told
 
 
-def launcher_flags(library: mpi.Library, ranks: int, cores: int, reads_peers: bool = True) -> list[str]:
-    """The options of the library's launcher for `ranks` ranks on this host, of which this process may use `cores`.
+def launcher_flags(
+    library: mpi.Library, ranks: int, cores: int, reads_peers: bool = True, fabric: bool = False
+) -> list[str]:
+    """The options of the library's launcher for `ranks` ranks, which may use `cores`.
 
-    `reads_peers` says whether a process may read another's memory, which containers forbid.
+    `reads_peers` says whether a process may read another's memory, which containers forbid; `fabric`, whether hosts
+    have a network adapter that the library is to look for.
     """
     if library.vendor == "openmpi":
-        return open_mpi_flags(major_version(library.version), ranks, ranks > cores, reads_peers)
+        return _open_mpi_flags(major_version(library.version), ranks, ranks > cores, reads_peers, fabric)
     return ["-n", str(ranks)]  # Hydra binds no rank to a core, and shared memory is its first choice on one host
 
 
@@ -121,8 +120,7 @@ def launcher_environment(library: mpi.Library, ranks: int, cores: int, reads_pee
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def open_mpi_flags(major: int, ranks: int, oversubscribed: bool, reads_peers: bool, fabric: bool = False) -> list[str]:
-    """Options of Open MPI's launcher; with `fabric`, hosts have a network adapter that it is to look for."""
+def _open_mpi_flags(major: int, ranks: int, oversubscribed: bool, reads_peers: bool, fabric: bool) -> list[str]:
     flags = ["-n", str(ranks)]
     # Two ranks would be bound to one core each, which confines their BLAS and loader threads too.
     flags += ["--bind-to", "none"]
