@@ -22,7 +22,6 @@ class Verdict:
     kind: str
     layer: str
     text: str
-    severity: float = 1.0
 
     def line(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
@@ -68,7 +67,7 @@ class Diagnosis:
         for kind, found in judge(self.history).items():
             if found.severity >= WORSE * self._said.get(kind, 0.0):
                 self._said[kind] = found.severity
-                news.append(Verdict(look.step, kind, found.layer, found.text, found.severity))
+                news.append(Verdict(look.step, kind, found.layer, found.text))
         return news
 
     def _is_due(self, look: Look) -> bool:

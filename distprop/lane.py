@@ -44,13 +44,7 @@ def write_lane(
     bad: bool = False,
     verify: bool = False,
 ) -> None:
-    """Put one sender's numbers into `lane`.
-
-    Raises:
-        ValueError: more than MESSAGE_NUMBERS `numbers`.
-    """
-    if len(numbers) > MESSAGE_NUMBERS:
-        raise ValueError(f"at most {MESSAGE_NUMBERS} numbers travel with the gradients, got {len(numbers)}")
+    """Put one sender's numbers into `lane`, MESSAGE_NUMBERS `numbers` at most."""
     schedule = (31 * reductions + backwards) % _SCHEDULES
     lane[:] = 0
     lane[: len(_FIXED)] = *divmod(examples, _SPLIT), backwards, schedule, schedule**2, bad, verify

@@ -8,21 +8,11 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from distprop.rundir import Run
 
 _PLACE = {"step", "epoch"}  # of a line, not what it says
-
-
-class Log(Protocol):
-    """A callback of `Trainer` that also wants every line of `metrics.jsonl`, on rank 0."""
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        """A step, an epoch, gradient health or a verdict, as docs/insight.md lists them."""
-
-    def flush(self) -> None:
-        """A call of `fit` has ended; what is still kept back should be written."""
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

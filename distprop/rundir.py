@@ -147,12 +147,6 @@ def session_at(sessions: list[dict[str, Any]], step: int) -> dict[str, Any] | No
     return next((entry for entry in reversed(sessions) if entry.get("from_step", 0) < step), None)
 
 
-def ranks_at(sessions: list[dict[str, Any]], step: int) -> int | None:
-    """On how many ranks update number `step` was made, if the folder says so."""
-    entry = session_at(sessions, step)
-    return None if entry is None else int(entry["ranks"])
-
-
 def _sort_lines(run: Run, content: bytes) -> None:
     lines = content.split(b"\n")
     damaged = 0

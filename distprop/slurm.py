@@ -127,9 +127,9 @@ def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("SLURM_JOB_ID")
 
 
-def restarts(environment: Mapping[str, str] = os.environ) -> int:
+def restarts() -> int:
     """How often Slurm has started this job again: after `requeue`, a preemption, or the failure of a node."""
-    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def copies(environment: Mapping[str, str] = os.environ) -> int:

@@ -34,7 +34,7 @@ class Line:
     dashed: bool = False
 
 
-def lines(title: str, curves: Sequence[Line], unit: str = "", logarithmic: bool | None = None, note: str = "") -> str:
+def lines(title: str, curves: Sequence[Line], logarithmic: bool | None = None, note: str = "") -> str:
     """A chart of `curves` over the step. The axis is logarithmic if all values are positive and span a factor of 30.
 
     Long curves are drawn as the means of equal pieces, with the range of each piece behind them.
@@ -57,7 +57,7 @@ def lines(title: str, curves: Sequence[Line], unit: str = "", logarithmic: bool 
     else:
         low, high = ticks[0], ticks[-1]
     plot = _Plot(left, right, low, high, logarithmic)
-    parts = [*_grid(plot, ticks, unit)]
+    parts = [*_grid(plot, ticks)]
     for curve, (x, y) in zip(curves, pairs, strict=True):
         parts += _curve(plot, curve, x, y)
         where = x[~np.isfinite(y)][:200]
@@ -215,12 +215,12 @@ class _Plot:
         return HEIGHT - _BOTTOM - (value - low) / (high - low or 1) * (HEIGHT - _BOTTOM - _TOP)
 
 
-def _grid(plot: _Plot, ticks: Sequence[float], unit: str) -> list[str]:
+def _grid(plot: _Plot, ticks: Sequence[float]) -> list[str]:
     parts = []
     for tick in ticks:
         y = plot.y(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, f"{_number(tick)}{unit}", "end"))
+        parts.append(_text(_LEFT - 6, y + 4, _number(tick), "end"))
     across = [tick for tick in linear_ticks(plot.left, plot.right, 6) if plot.left <= tick <= plot.right]
     for tick in across if plot.right > plot.left else [plot.left]:
         parts.append(_text(plot.x(tick), HEIGHT - _BOTTOM + 15, f"{tick:,g}", "middle"))

@@ -12,7 +12,7 @@ from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import Communicator, SoloCommunicator, run_threads
 from distprop.metrics import METRICS
-from distprop.rundir import RUN, RunDirError, ranks_at, read_run, read_sessions
+from distprop.rundir import RUN, RunDirError, read_run, read_sessions, session_at
 from test_fingerprint import dataset
 
 
@@ -60,8 +60,8 @@ def test_a_resumed_run_has_an_entry_for_each_number_of_ranks(tmp_path: Path) -> 
     run_threads(2, lambda comm: train(comm, tmp_path, steps=8, resume=True, **options))
     sessions = read_sessions(tmp_path)
     assert [(entry["from_step"], entry["ranks"]) for entry in sessions] == [(0, 1), (4, 2)]
-    assert [ranks_at(sessions, step) for step in (1, 4, 5, 8)] == [1, 1, 2, 2]
-    assert ranks_at([], 1) is None
+    assert [session_at(sessions, step) for step in (1, 4, 5, 8)] == [*sessions[:1] * 2, *sessions[1:] * 2]
+    assert session_at([], 1) is None
 
 
 def test_an_error_is_kept(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distprop.comm.recorder import LENGTH, Record, Snapshot, read
+from distprop.comm.recorder import Record, Snapshot, read
 
 TIMEOUT_VARIABLE = "DISTPROP_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -203,9 +203,6 @@ class WatchdogThread:
             now = time.monotonic()
             self._watchdog.tick(now - before)
             before = now
-
-
-MESSAGE_LENGTH = _PREFIX.size + LENGTH
 
 
 def _disagreement(known: Sequence[Snapshot]) -> Verdict | None:

@@ -50,12 +50,12 @@ def pointwise(x: Tensor, value: Value, derivative: Derivative, keep: bool = Fals
 
 
 def rowwise(x: Tensor, dim: int, value: Value, derivative: Derivative, keep: bool = False) -> Tensor:
-    """`pointwise` for functions of the rows along `dim`: they get matrices `(rows, length)`."""
+    """`pointwise` for functions of the rows along `dim`: they get matrices `(rows, length)`. `dim` counts from 0."""
     data = np.ascontiguousarray(np.moveaxis(x.data, dim, -1))
     y, *kept = _outputs(x, data, keep)
     in_rows(value, data, y, *kept)
     saved = kept[0] if keep else data
-    last = dim in (-1, x.ndim - 1)
+    last = dim == x.ndim - 1
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         gradient = like(y, out[0] if last else None)
