@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -173,10 +173,7 @@ class Health:
         for (name, parameter), before in zip(self._parameters, self._before, strict=True):
             before -= parameter.data
             seen, change = self._seen[name], norm(before)
-            ratio = change / seen.weight_norm if seen.weight_norm else math.nan
-            self._seen[name] = ParameterHealth(
-                seen.grad_norm, seen.weight_norm, ratio, seen.learning_speed, seen.is_matrix
-            )
+            self._seen[name] = replace(seen, update_ratio=change / seen.weight_norm if seen.weight_norm else math.nan)
         self._before = []
 
     def take(self, result: StepResult) -> Look | None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,10 +204,7 @@ def _run(plan: Plan, ranks: Sequence[_Rank]) -> BaseException | None:
         finally:
             repeating.reset(token)
 
-    with ExitStack() as stack:
-        stack.enter_context(_quiet_environment())
-        stack.enter_context(_blas_threads(plan.session))
-        stack.enter_context(plan.program.surroundings())
+    with _quiet_environment(), _blas_threads(plan.session), plan.program.surroundings():
         try:
             run_threads(plan.size, work, None, one_at_a_time=True)
         except ReplayError:

@@ -1,6 +1,6 @@
 """Running the program of a run once more: what `run.json` and `config.toml` say of it, and the surroundings it had.
 
-A script is compiled once and executed in a `__main__` of its own for each rank, since all ranks live in one process.
+A script is executed in a `__main__` of its own for each rank, since all ranks live in one process.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any, Protocol
 
 from distprop.config import Config, ConfigError, load_config
@@ -74,11 +74,9 @@ class Configured:
     run_dir: Path
     folder: Path
 
-    @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def surroundings(self) -> AbstractContextManager[None]:
         """The working directory."""
-        with chdir(self.folder):
-            yield
+        return chdir(self.folder)
 
     def __call__(self) -> None:
         """Train; only what says how, not where to leave it, comes from the file."""
@@ -116,11 +114,7 @@ class Script:
         if spec is not None:
             vars(main)["__package__"] = spec.parent
         sys.modules["__main__"] = main
-        exec(_compiled(self.path), vars(main))
-
-
-def _compiled(path: Path) -> CodeType:
-    return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        exec(compile(self.path.read_bytes(), str(self.path), "exec", dont_inherit=True), vars(main))
 
 
 def _folder(session: Mapping[str, Any], remark: Callable[[str], object]) -> Path:

@@ -75,7 +75,9 @@ def run_restarting(
             fewer = f" on {ranks} ranks, those of {', '.join(left)}" if ranks != attempt.ranks else ""
             _say(f"{failure}; restart {number} of {max_restarts} in {pause:.0f} s{fewer}")
             watch.new_attempt()
-            if not _wait(pause):
+            try:
+                time.sleep(pause)
+            except KeyboardInterrupt:
                 return 128 + signal.SIGINT
             attempt = Attempt(ranks, left, reached)
             job = plan(attempt)
@@ -131,12 +133,3 @@ def _check_sense(fruitless: int, number: int, max_restarts: int, late: float) ->
 
 def _say(message: str) -> None:
     print(f"distprop: {message}", file=sys.stderr, flush=True)
-
-
-def _wait(seconds: float) -> bool:
-    """Sleep; False if Ctrl-C ended it."""
-    try:
-        time.sleep(seconds)
-    except KeyboardInterrupt:
-        return False
-    return True

@@ -101,7 +101,7 @@ def stop_message(reasons: Sequence[str], step: int, newest: int | None, run_dir:
     """What rank 0 says at the end: why (by rank, empty for those that were not asked), what is saved, how to go on."""
     who = {reason: [rank for rank, of_rank in enumerate(reasons) if of_rank == reason] for reason in reasons if reason}
     everyone = len(reasons) == 1 or list(who.values()) == [list(range(len(reasons)))]
-    why = " and ".join(r if everyone or r == OUT_OF_TIME else f"{r} on rank {_list(who[r])}" for r in who)
+    why = " and ".join(r if everyone or r == OUT_OF_TIME else f"{r} on rank {', '.join(map(str, who[r]))}" for r in who)
     if run_dir is None:
         saved = "nothing was saved, as the Trainer has no run_dir with checkpoint_every"
     elif newest != step:
@@ -259,7 +259,3 @@ class Watch:
     def new_attempt(self) -> None:
         """Forget that training was under way; the runs stay known."""
         Report(self._path).state("")
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -6,7 +6,6 @@ is that of the slowest rank from a common start; every sum is compared with what
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -96,8 +95,3 @@ def show(rows: Sequence[AllreduceTimes], comm: Communicator, library: str) -> st
             f"{row.library_seconds * 1e3:12.4f}{rates[1]:8.2f}{row.ratio:14.2f}{row.repeats:9d}"
         )
     return "\n".join(lines)
-
-
-def as_json(rows: Sequence[AllreduceTimes]) -> list[dict[str, float]]:
-    """For programs."""
-    return [dataclasses.asdict(row) for row in rows]

@@ -112,6 +112,7 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
         again = [word for name, value in options if value is not None for word in (name, str(value))]
         start(ranks, ["distprop", "bench", "allreduce", *again, *["--json"] * as_json], module=True)
         return
+    import dataclasses
     import json
 
     from distprop.bench import allreduce as measured
@@ -123,7 +124,8 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
     megabytes = measured.SIZES if sizes is None else _megabytes(sizes)
     rows = list(measured.bench_allreduce(comm, mpi.MPICommunicator(share_memory=False), megabytes, repeats))
     if comm.rank == 0:
-        click.echo(json.dumps(measured.as_json(rows)) if as_json else measured.show(rows, comm, mpi.library().name))
+        table = [dataclasses.asdict(row) for row in rows]
+        click.echo(json.dumps(table) if as_json else measured.show(rows, comm, mpi.library().name))
 
 
 @bench.command()

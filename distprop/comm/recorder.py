@@ -272,11 +272,8 @@ def _map(path: str) -> Any:
 
 
 def _bytes(args: tuple[Any, ...]) -> int:
-    for argument in args[:1]:
-        if isinstance(argument, bytes):
-            return len(argument)
-        return int(getattr(argument, "nbytes", 0))  # what is no array is refused by the collective
-    return 0
+    first = args[0] if args else b""
+    return len(first) if isinstance(first, bytes) else int(getattr(first, "nbytes", 0))  # the collective refuses others
 
 
 def _text(padded: bytes) -> str:
