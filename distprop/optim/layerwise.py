@@ -58,9 +58,6 @@ class LARS(Optimizer):
             adapt=adapt,
         )
 
-    def _layerwise(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["adapt"])
-
     def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
@@ -115,9 +112,6 @@ class LAMB(Optimizer):
         adapt: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adapt=adapt)
-
-    def _layerwise(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["adapt"])
 
     def _update_stretch(self, chunks: Sequence[Chunk], options: Mapping[str, Any]) -> None:
         rate = options["lr"]

@@ -170,10 +170,6 @@ class Optimizer:
         """What an array starts with."""
         return 0.0
 
-    def _layerwise(self, group: Mapping[str, Any]) -> bool:
-        """Whether a stretch must be one whole parameter."""
-        return False
-
     def _lay_out(self) -> None:
         """See where the parameters lie; cut anew only if they moved (into a buffer), were frozen, or options changed.
 
@@ -184,7 +180,7 @@ class Optimizer:
         kinds: dict[Hashable, int] = {}
         numbers = [kinds.setdefault(_kind(group), number) for number, group in enumerate(groups)]
         names = [self._state_names(group) for group in groups]
-        alone = [self._layerwise(group) for group in groups]
+        alone = [bool(group.get("adapt")) for group in groups]  # to each layer: a stretch is one whole parameter
         decays = [group.get("weight_decay", 0.0) for group in groups]
         buffers = [parameter.buffer for parameter in self._members]
         trained = [parameter.requires_grad for parameter in self._members]
