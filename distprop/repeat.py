@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distprop.checkpoint import Checkpoint
 from distprop.data.loader import Loader
+from distprop.fingerprint import replay_advice
 from distprop.metrics import StepResult
 from distprop.tape import Array
 
@@ -38,8 +39,8 @@ class Repeat(Protocol):
 
 def advise(error: Exception, run_dir: Path | None, step: int, culprits: Sequence[int]) -> None:
     """Let an error that ended `step` of a run with a folder say how to look into it."""
-    if run_dir is not None and culprits:
-        error.add_note(f"to see that step's numbers: distprop replay {run_dir} --step {step} --rank {culprits[0]}")
+    if advice := replay_advice(run_dir, step, culprits[0]):
+        error.add_note(advice)
 
 
 repeating: ContextVar[Repeat | None] = ContextVar("repeating", default=None)

@@ -286,7 +286,7 @@ def spoilt_run(run_dir: Path, comm: Communicator | None, how: Callable[[dp.Tenso
 def test_the_layer_in_which_nan_comes_up_is_named(how, first: str, error: str, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError) as raised:
         run_threads(2, lambda comm: spoilt_run(tmp_path, comm, how))
-    assert f"to see that step's numbers: distprop replay {tmp_path} --step 5 --rank 1" in raised.value.__notes__
+    assert f"To see that step's numbers: distprop replay {tmp_path} --step 5 --rank 1" in raised.value.__notes__
     made = again(tmp_path, 5, 1, lambda: spoilt_run(tmp_path, None, how))
     assert f"the step ended with {error}: " in made.summary
     assert numbers.first_not_finite(made.arrays, made.kinds).startswith(f"the first that is not finite is {first}")
