@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Refusal, Where, parse_widths
+from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Where, parse_widths, refusing
 
 
 @click.command("doctor")
@@ -37,10 +37,8 @@ def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, 
         if comm.rank:
             sys.exit(not asked and worst(findings) == "fail")
     else:
-        try:
+        with refusing(HostsError):
             findings = examine(run_dir, ranks, Where(hosts, hostfile).read())
-        except HostsError as error:
-            raise Refusal(str(error)) from error
     if as_json:
         click.echo(to_json(findings))
     else:
@@ -87,7 +85,7 @@ def predict_command(
     from distprop.hosts import HostsError
     from distprop.predict import Question, answer, measure_here, show
 
-    try:
+    with refusing(ConfigError, HostsError, OSError, ValueError):
         question = Question(widths=tuple(parse_widths(sizes)), **options)
         if only_measure or started_by()[1] > 1:
             measured = question.measure(world())
@@ -104,8 +102,6 @@ def predict_command(
             from distprop.chart import as_svg
 
             svg.write_text(as_svg(f"{found.name}, {found.batch:,} rows, {found.scaling} scaling", found.points()))
-    except (ConfigError, HostsError, OSError, ValueError) as error:
-        raise Refusal(str(error)) from error
     if as_json:
         click.echo(found.to_json())
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distprop.cli.start import Refusal
+from distprop.cli.start import refusing
 
 if TYPE_CHECKING:
     from distprop.tape import Array
@@ -35,7 +35,7 @@ def replay(run: Path, step: int, rank: int, interactive: bool, other: Path | Non
     from distprop.replay import ReplayError, plan
     from distprop.replay import replay as make
 
-    try:
+    with refusing(ReplayError, numbers.NumbersError, OSError):
         wanted = plan(run, step, rank, script=script)
         of_other = numbers.load(other) if other is not None else None
         for remark in wanted.remarks:
@@ -43,8 +43,6 @@ def replay(run: Path, step: int, rank: int, interactive: bool, other: Path | Non
         if (steps := wanted.step - wanted.begins) > 1:
             click.echo(f"distprop: makes {steps} steps on {wanted.size} ranks, from step {wanted.begins}", err=True)
         made = make(wanted)
-    except (ReplayError, numbers.NumbersError, OSError) as error:
-        raise Refusal(str(error)) from error
     click.echo(f"{made.summary}\n\n{numbers.table(made.arrays, made.kinds)}\n")
     if bad := numbers.first_not_finite(made.arrays, made.kinds):
         click.echo(bad)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from distprop.cli.start import Refusal
+from distprop.cli.start import refusing
 
 
 @click.command()
@@ -21,7 +21,7 @@ def fingerprint(run: Path, other: Path | None) -> None:
     """
     from distprop.fingerprint import RecordError, compare, first_difference, read, replay_advice
 
-    try:
+    with refusing(RecordError):
         record = read(run)
         if other is None:
             difference = first_difference(record)
@@ -33,8 +33,6 @@ def fingerprint(run: Path, other: Path | None) -> None:
             if difference is None:
                 common = record.steps.keys() & second.steps.keys()
                 click.echo(f"the runs agree at all {len(common)} steps of both, from {min(common)} to {max(common)}")
-    except RecordError as error:
-        raise Refusal(str(error)) from error
     if difference is not None:
         click.echo(str(difference), err=True)
         if advice := replay_advice(run, difference.step, difference.rank, other):
@@ -52,10 +50,8 @@ def trace(run: Path) -> None:
     from distprop.rundir import RunDirError
     from distprop.trace import read_trace, show
 
-    try:
+    with refusing(RunDirError):
         click.echo(show(read_trace(run)))
-    except RunDirError as error:
-        raise Refusal(str(error)) from error
 
 
 @click.command()
@@ -70,11 +66,9 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     from distprop.rundir import RunDirError, read_run
 
     target = output or runs[0] / "report.html"
-    try:
+    with refusing(RunDirError, OSError):
         html = page([read_run(run) for run in runs])
         target.write_text(html, encoding="utf-8")
-    except (RunDirError, OSError) as error:
-        raise Refusal(str(error)) from error
     click.echo(f"{target}: {len(html) / 1e3:,.0f} kB")
 
 
@@ -93,7 +87,7 @@ def export(run: Path, table: Path | None, folder: Path | None) -> None:
 
     if table is None and folder is None:
         raise click.UsageError("Say what to write: --csv FILE, --tensorboard DIR, or both.")
-    try:
+    with refusing(RunDirError, OSError, ImportError):
         found = read_run(run)
         if folder is not None:
             click.echo(f"{folder}: {tensorboard.export(found, folder):,} events")
@@ -103,7 +97,5 @@ def export(run: Path, table: Path | None, folder: Path | None) -> None:
             with table.open("w", encoding="utf-8", newline="") as file:
                 rows = write_csv(found, file)
             click.echo(f"{table}: {rows:,} rows")
-    except (RunDirError, OSError, ImportError) as error:
-        raise Refusal(str(error)) from error
     for remark in found.remarks:
         click.echo(f"distprop: {remark}", err=True)

@@ -10,7 +10,19 @@ from pathlib import Path
 import click
 
 from distprop import slurm
-from distprop.cli.start import HOSTFILE, HOSTS, MAX_RESTARTS, MAX_TIME, REQUEUE, TIMEOUT, Limits, Refusal, Where, start
+from distprop.cli.start import (
+    HOSTFILE,
+    HOSTS,
+    MAX_RESTARTS,
+    MAX_TIME,
+    REQUEUE,
+    TIMEOUT,
+    Limits,
+    Refusal,
+    Where,
+    refusing,
+    start,
+)
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
@@ -90,7 +102,7 @@ def train_command(
     from distprop.checkpoint import CheckpointError
     from distprop.config import ConfigError, load_config
 
-    try:
+    with refusing(ConfigError, CheckpointError, OSError, slurm.AllocationError):
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
         if ranks is not None or hosts or hostfile or requeue or _has_slots():
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
@@ -107,8 +119,6 @@ def train_command(
         # the file that a run has saved names its own folder
         run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", _run_name(config))
         train_from_config(loaded, run_dir, resume, profile=profile)
-    except (ConfigError, CheckpointError, OSError, slurm.AllocationError) as error:
-        raise Refusal(str(error)) from error
 
 
 def _has_slots() -> bool:

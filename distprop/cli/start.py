@@ -6,7 +6,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,15 @@ class Refusal(click.ClickException):
     """An error that the user can put right: one message, no traceback, exit status 2."""
 
     exit_code = 2
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Inside, such errors are the user's: each becomes a `Refusal`."""
+    try:
+        yield
+    except errors as error:
+        raise Refusal(str(error)) from error
 
 
 def _duration(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
@@ -138,7 +148,7 @@ def start(
             f"srun has started this command {copies} times, and each of them would start all ranks; leave srun out: in "
             "a Slurm job distprop starts the ranks by itself"
         )
-    try:
+    with refusing(LaunchError, HostsError, MPIMissingError):
         hosts = where.read()
         if limits.requeue and slurm.job_name() is None:
             raise LaunchError(
@@ -147,8 +157,6 @@ def start(
         if limits.requeue or (hosts and limits.max_restarts):
             os.environ["DISTPROP_RESTARTS"] = "1"  # the ranks then refuse a run_dir not shared
         job = plan_on(ranks, program, hosts)
-    except (LaunchError, HostsError, MPIMissingError) as error:
-        raise Refusal(str(error)) from error
     if dry_run:
         click.echo(job.shell())
         return
