@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
 from distprop.bench.links import measure_links, time_loop
@@ -39,17 +39,12 @@ class Measured:
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self))
+        return msgspec.json.encode(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Measured:
         """The reverse of `to_json`."""
-        values = json.loads(text)
-        for name in ("within", "between"):
-            values[name] = values[name] and Link(**values[name])
-        for name in ("rows", "seconds", "hosts"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        return msgspec.json.decode(text, type=cls)
 
 
 def measure(comm: Communicator, workload: Workload, batch: int, host: str | None = None) -> Measured:
