@@ -163,10 +163,4 @@ def _choices(section: type[msgspec.Struct], key: str) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-_SECTIONS: Mapping[str, type[msgspec.Struct]] = {
-    "": Config,
-    "data": Data,
-    "model": Model,
-    "optim": Optim,
-    "train": Train,
-}
+_SECTIONS: Mapping[str, type[msgspec.Struct]] = {"": Config} | get_type_hints(Config)
