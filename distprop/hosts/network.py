@@ -33,18 +33,15 @@ def find_network(
     if len(asked) < 2:
         return Network(), {}
     names = list(facts)
-    peers = {
-        name: [
-            {
-                "addresses": [interface["address"] for interface in facts[other]["interfaces"]],
-                "port": facts[other]["port"],
-                "token": facts[other]["token"],
-            }
-            for other in names
-        ]
-        for name in names
-    }
-    answers = ask_all(list(asked.values()), *({"do": "connect", "peers": peers[name]} for name in names))
+    peers = [
+        {
+            "addresses": [interface["address"] for interface in of_host["interfaces"]],
+            "port": of_host["port"],
+            "token": of_host["token"],
+        }
+        for of_host in facts.values()
+    ]
+    answers = ask_all(list(asked.values()), {"do": "connect", "peers": peers})
     failures: dict[str, str] = {}
     choices: dict[str, list[Mapping[str, Any]]] = {}
     for position, name in enumerate(names):

@@ -155,11 +155,10 @@ def connect_all(hosts: Sequence[Host | None]) -> list[Session]:
         return list(pool.map(Session, hosts))
 
 
-def ask_all(sessions: Sequence[Session], *requests: Mapping[str, Any]) -> list[Any]:
-    """Ask all at once: each its own request, or all the same one."""
-    each = requests if len(requests) > 1 else requests * len(sessions)
+def ask_all(sessions: Sequence[Session], request: Mapping[str, Any]) -> list[Any]:
+    """Ask all the same, at once."""
     with ThreadPoolExecutor(max(1, len(sessions))) as pool:
-        return list(pool.map(Session.ask, sessions, each))
+        return list(pool.map(lambda session: session.ask(request), sessions))
 
 
 def _is_here(name: str) -> bool:
