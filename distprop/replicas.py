@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from distprop.comm import Communicator
+from distprop.comm.base import Communicator, allgather_json
 from distprop.nn.module import Module
 from distprop.tape import Array
 from distprop.tensor import Parameter
@@ -31,7 +30,7 @@ def compare_layout(module: Module, comm: Communicator) -> None:
     """
     layout = [f"{n} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for n, p in module.named_parameters()]
     layout += [f"{name} {buffer.shape} {buffer.dtype} buffer" for name, buffer in module.named_buffers()]
-    layouts = [json.loads(message) for message in comm.allgather(json.dumps(layout).encode())]
+    layouts = allgather_json(comm, layout)
     for rank, other in enumerate(layouts):
         if other != layouts[0]:
             length = min(len(other), len(layouts[0]))
@@ -46,8 +45,7 @@ def compare_settings(settings: Mapping[str, Any], comm: Communicator) -> None:
     Raises:
         ValueError: they differ; names the first setting that does.
     """
-    own = json.dumps({name: repr(value) for name, value in settings.items()})
-    first, *others = (json.loads(message) for message in comm.allgather(own.encode()))
+    first, *others = allgather_json(comm, {name: repr(value) for name, value in settings.items()})
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other[name] != value:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distprop.comm import Communicator
+from distprop.comm.base import Communicator, allgather_json
 from distprop.environment import environment, program
 from distprop.metrics import METRICS
 
@@ -41,7 +41,7 @@ def session(run_dir: Path | None, comm: Communicator, settings: Mapping[str, Any
     if run_dir is None:
         yield
         return
-    hosts = [message.decode() for message in comm.allgather(os.uname().nodename.encode())]
+    hosts = allgather_json(comm, os.uname().nodename)
     if comm.rank:
         yield
         return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
 from pathlib import Path
 
-from distprop.comm.base import Communicator
+from distprop.comm.base import Communicator, allgather_json
 
 _PATIENCE_SECONDS = 3.0  # until a new file is seen on other hosts; NFS remembers for so long that there was none
 
@@ -33,7 +32,7 @@ def check_shared(folder: Path, comm: Communicator, *, required: bool) -> None:
         (folder / name).touch()
     seen = folder / comm.allgather(name.encode())[0].decode()
     mine = {"host": os.uname().nodename, "sees": _appears(seen), "step": _newest_step(folder)}
-    answers = [json.loads(message) for message in comm.allgather(json.dumps(mine).encode())]
+    answers = allgather_json(comm, mine)
     if comm.rank == 0:
         seen.unlink()
     first = answers[0]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distprop.comm import Communicator
+from distprop.comm.base import Communicator, allgather_json
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
@@ -163,8 +163,7 @@ class StopRequest:
 
     def leave(self, comm: Communicator, step: int, newest: int | None, run_dir: Path | None) -> NoReturn:
         """End training after `step`; `newest` is the step of the last checkpoint in `run_dir`, if any. Collective."""
-        reasons = [reason.decode() for reason in comm.allgather(self.reason.encode())]
-        message = stop_message(reasons, step, newest, run_dir)
+        message = stop_message(allgather_json(comm, self.reason), step, newest, run_dir)
         if comm.rank == 0:
             print(f"distprop: {message}", file=sys.stderr, flush=True)
         raise StoppedError(message)

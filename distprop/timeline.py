@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 
-from distprop.comm import Communicator
+from distprop.comm.base import Communicator, allgather_json
 from distprop.nn.module import Module
 from distprop.nn.watch import watch_forward
 from distprop.tape import Node, next_number, observe_backward
@@ -145,8 +145,7 @@ class Profile:
         self.close()
         clocks = self._first.then(compare_clocks(self._comm))
         aligned = [(*span[:2], *clocks.aligned(self._comm.rank, span[2:])) for span in spans]
-        message = json.dumps([os.uname().nodename, aligned], separators=(",", ":")).encode()
-        of_all = [json.loads(message) for message in self._comm.allgather(message)]
+        of_all = allgather_json(self._comm, [os.uname().nodename, aligned])
         if self._comm.rank == 0:
             tree = chrome_trace([host for host, _ in of_all], [spans for _, spans in of_all])
             tree["otherData"]["clock_uncertainty_us"] = [round(ns / 1000, 3) for ns in clocks.uncertainty]

@@ -6,6 +6,7 @@ one they do nothing. Only numbers and bytes travel, never pickled objects.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -66,6 +67,12 @@ class Communicator(Protocol):
 
     def abort(self, status: int = 1) -> None:
         """End every rank of the job now, with exit status `status`. Not collective: one rank is enough."""
+
+
+def allgather_json(comm: Communicator, value: Any) -> list[Any]:
+    """Every rank's `value`, by rank: what JSON can say, so a tuple arrives as a list. Collective."""
+    messages = comm.allgather(json.dumps(value, separators=(",", ":")).encode())
+    return [json.loads(message) for message in messages]
 
 
 def check_root(root: int, size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from distprop.comm import Communicator
+from distprop.comm.base import Communicator, allgather_json
 from distprop.doctor.finding import Finding
 from distprop.doctor.host import check_host
 from distprop.doctor.machine import addresses, existing_folder
@@ -33,17 +32,16 @@ def check_job(comm: Communicator, run_dir: Path, host: str | None = None) -> lis
     by_host = ranks_by_host(comm, host)
     own = next(ranks for ranks in by_host.values() if comm.rank in ranks)
     mine = check_host(run_dir, len(own)) if comm.rank == own[0] else []
-    said = comm.allgather(json.dumps([asdict(finding) for finding in mine]).encode())
+    said = allgather_json(comm, [asdict(finding) for finding in mine])
     findings = {
-        name: [Finding(**{**finding, "host": name}) for finding in json.loads(said[ranks[0]])]
-        for name, ranks in by_host.items()
+        name: [Finding(**{**finding, "host": name}) for finding in said[ranks[0]]] for name, ranks in by_host.items()
     }
     affinity = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else ""
-    allowed = [message.decode() for message in comm.allgather(affinity.encode())]
+    allowed = allgather_json(comm, affinity)
     together = [binding(name, [allowed[rank] for rank in ranks]) for name, ranks in by_host.items()]
     if len(by_host) > 1:
         together += compare_hosts(findings)
-        every = [json.loads(message) for message in comm.allgather(json.dumps(addresses()).encode())]
+        every = allgather_json(comm, addresses())
         together.append(same_addresses({name: every[ranks[0]] for name, ranks in by_host.items()}))
         together.append(shared_run_directory(comm, run_dir, by_host))
     links = measure_links(comm, host=host)
