@@ -19,7 +19,7 @@ import numpy as np
 from distprop.comm import Communicator
 from distprop.comm.recorder import here
 from distprop.look import Favourite, Look, ParameterHealth, UnitsHealth
-from distprop.metrics import StepResult
+from distprop.metrics import StepResult, classifies
 from distprop.nn.embedding import Embedding
 from distprop.nn.layers import ReLU, Sigmoid, Tanh
 from distprop.nn.module import Module
@@ -128,9 +128,7 @@ class Health:
 
     def predictions(self, output: Any, target: Array) -> None:
         """Count the classes that the model predicts, and the true ones."""
-        if not self._looks or not isinstance(output, Tensor) or target.dtype.kind not in "iu" or not target.size:
-            return
-        if output.ndim < 2 or output.shape[1] > CLASSES or (output.shape[0], *output.shape[2:]) != target.shape:
+        if not self._looks or not target.size or not classifies(output, target) or output.shape[1] > CLASSES:
             return
         classes, start = output.shape[1], self._classes_at
         self._own[start : start + _HEAD] = 1, classes

@@ -86,10 +86,16 @@ class Tally:
             return
         self.examples += examples
         self.loss += loss * examples
-        correct = _share_correct(output, target)
-        if correct is not None:
+        if classifies(output, target):
             self.classifies = True
-            self.correct += correct * examples
+            self.correct += float((output.data.argmax(axis=1) == target).mean()) * examples
+
+
+def classifies(output: Any, target: Array) -> bool:
+    """Whether `output` has a score for each class, `(rows, classes, ...)`, and `target` the labels, `(rows, ...)`."""
+    if not isinstance(output, Tensor) or target.dtype.kind not in "iu":
+        return False
+    return output.ndim >= 2 and (output.shape[0], *output.shape[2:]) == target.shape
 
 
 class MetricsFile:
@@ -188,12 +194,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _share_correct(output: Any, target: Array) -> float | None:
-    """The share of rows (or positions) whose highest score is the label, or None where that makes no sense."""
-    if not isinstance(output, Tensor) or target.dtype.kind not in "iu":
-        return None
-    if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
-        return None
-    return float((output.data.argmax(axis=1) == target).mean())
