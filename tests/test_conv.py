@@ -8,7 +8,7 @@ import pytest
 from distprop import functional as F
 from distprop import nn
 from distprop.buffer import FlatBuffer
-from distprop.functional import correlate, depthwise, groups, rowwise, transposed, windows
+from distprop.functional import correlate, depthwise, groups, kernel_rows, transposed, windows
 from distprop.tensor import Parameter, Tensor
 from distprop.testing import check_grads
 from test_functional import TOLERANCE, Case, Operation, assert_close, cotangent, frozen
@@ -134,9 +134,9 @@ def blocks(monkeypatch):
     def set_bytes(number: int, short_row: int = windows.SHORT_ROW, small_product: int = 0) -> None:
         monkeypatch.setattr(windows, "SHORT_ROW", short_row)
         monkeypatch.setattr(correlate, "SMALL_PRODUCT", 1)
-        monkeypatch.setattr(rowwise, "suits", lambda channels, outputs, window: small_product > 0)
-        monkeypatch.setattr(rowwise, "SMALL_PRODUCT", small_product)
-        for module in (correlate, depthwise, rowwise, transposed):
+        monkeypatch.setattr(kernel_rows, "suits", lambda channels, outputs, window: small_product > 0)
+        monkeypatch.setattr(kernel_rows, "SMALL_PRODUCT", small_product)
+        for module in (correlate, depthwise, kernel_rows, transposed):
             monkeypatch.setattr(module, "BLOCK_BYTES", number)
 
     return set_bytes

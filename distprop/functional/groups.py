@@ -1,8 +1,8 @@
-"""Which products a convolution is made of: those of `correlate`, of `rowwise` or of `depthwise`.
+"""Which products a convolution is made of: those of `correlate`, of `kernel_rows` or of `depthwise`.
 
 Group i of the input channels meets group i of the kernels alone, `weight` `(o, c/groups, kh, kw)`. Where a group is one
 input channel, its products are those of `distprop.functional.depthwise`; where it is a few, those of
-`distprop.functional.rowwise`; else each group is a convolution of its own, `distprop.functional.correlate`.
+`distprop.functional.kernel_rows`; else each group is a convolution of its own, `distprop.functional.correlate`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from distprop.functional import correlate as single
-from distprop.functional import depthwise, rowwise
+from distprop.functional import depthwise, kernel_rows
 from distprop.functional.windows import Pair, Window
 from distprop.tape import Array
 
@@ -19,8 +19,8 @@ def correlate(images: Array, weight: Array, bias: Array | None, window: Window, 
     """See `correlate.correlate`."""
     if groups > 1 and weight.shape[1] == 1:
         return depthwise.correlate(images, weight, bias, window)
-    if rowwise.suits(weight.shape[1], len(weight) // groups, window):
-        return rowwise.correlate(images, weight, bias, window, groups)
+    if kernel_rows.suits(weight.shape[1], len(weight) // groups, window):
+        return kernel_rows.correlate(images, weight, bias, window, groups)
     if groups == 1:
         return single.correlate(images, weight, bias, window)
     biases = [None] * groups if bias is None else np.split(bias, groups)
@@ -32,9 +32,9 @@ def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, group
     """See `correlate.input_gradient`."""
     if groups > 1 and weight.shape[1] == 1:
         return depthwise.input_gradient(grad, weight, window, size, groups)
-    if single.is_correlation(window, size) and rowwise.suits(len(weight) // groups, weight.shape[1], window):
-        turned = rowwise.turned_round(weight, groups)
-        return rowwise.correlate(grad, turned, None, window.turned_round(size), groups)
+    if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
+        turned = kernel_rows.turned_round(weight, groups)
+        return kernel_rows.correlate(grad, turned, None, window.turned_round(size), groups)
     if groups == 1:
         return single.input_gradient(grad, weight, window, size)
     parts = zip(_channels(grad, groups), np.split(weight, groups), strict=True)
@@ -46,8 +46,8 @@ def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> 
     channels, outputs = images.shape[3] // groups, grad.shape[3] // groups
     if groups > 1 and channels == 1:
         return depthwise.weight_gradient(images, grad, window)
-    if rowwise.suits(channels, outputs, window):
-        return rowwise.weight_gradient(images, grad, window, groups)
+    if kernel_rows.suits(channels, outputs, window):
+        return kernel_rows.weight_gradient(images, grad, window, groups)
     if groups == 1:
         return single.weight_gradient(images, grad, window)
     parts = zip(_channels(images, groups), _channels(grad, groups), strict=True)
@@ -59,10 +59,10 @@ def gradients(images: Array, grad: Array, weight: Array, window: Window, groups:
     size = (images.shape[1], images.shape[2])
     if groups > 1 and weight.shape[1] == 1:
         return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
-    if single.is_correlation(window, size) and rowwise.suits(len(weight) // groups, weight.shape[1], window):
-        turned = rowwise.turned_round(weight, groups)
-        return rowwise.gradients(images, grad, turned, window.turned_round(size), groups)
-    if groups == 1 and not rowwise.suits(weight.shape[1], len(weight), window):
+    if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
+        turned = kernel_rows.turned_round(weight, groups)
+        return kernel_rows.gradients(images, grad, turned, window.turned_round(size), groups)
+    if groups == 1 and not kernel_rows.suits(weight.shape[1], len(weight), window):
         return single.gradients(images, grad, weight, window)
     return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
 
