@@ -24,7 +24,7 @@ class MessageSum:
         buffer: gradients, and what travels with them.
         names: of the buffer's parameters, by id.
         wire: the format of gradients between nodes; see `distprop.comm.wire`.
-        shard_by_shard: the sum is another's, a `FixedTree`'s; only `look` is called.
+        shard_by_shard: the sum is another's, a `FixedTree`'s, and `allreduce` is never called.
 
     Attributes:
         bad_parameter: the first parameter, in the model's order, whose gradient was not finite on this rank, or "".
