@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,38 @@ def test_both_libraries_train_the_same_network_from_the_same_start(name: str, to
     assert losses == pytest.approx(first_losses(theirs, name), rel=table.SAME_LOSS)
     options = {"channels_last": networks.NETWORKS[name].images, "fused": True}
     assert losses == pytest.approx(first_losses(TorchTraining(name, **options), name), rel=table.SAME_LOSS)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_floor_is_all_matrix_products_of_a_step(name: str, torch: Any) -> None:
+    """Those that PyTorch makes, attention without a kernel of its own: copies and the three lengths of each."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from train_torch import TorchTraining
+
+    made: Counter[tuple[int, ...]] = Counter()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            result = operation(*arguments, **(options or {}))
+            kind = operation.overloadpacket.__name__
+            if kind in ("mm", "addmm", "bmm"):
+                x, w = arguments[-2:]
+                made[x.shape[0] if kind == "bmm" else 1, *sorted((*x.shape[-2:], w.shape[-1]))] += 1
+            elif kind in ("convolution", "convolution_backward"):
+                y, w = (result, arguments[1]) if kind == "convolution" else (arguments[0], arguments[2])
+                count = 1 if kind == "convolution" else sum(arguments[-1][:2])  # of dx and dw those that are wanted
+                made[1, *sorted((y[:, 0].numel(), w[0].numel(), len(w)))] += count
+            return result
+
+    training = TorchTraining(name)
+    with sdpa_kernel(SDPBackend.MATH), Products():
+        training.step(*training.convert(*next(networks.batches(name, rank=0))))
+    listed: Counter[tuple[int, ...]] = Counter()
+    for product in networks.NETWORKS[name].products:
+        listed[product.copies, *sorted((product.rows, product.inputs, product.outputs))] += 2 + product.dx
+    assert listed == made
 
 
 def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
