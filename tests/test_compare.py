@@ -1,5 +1,6 @@
 """benchmarks/compare.py compares what is the same: both libraries train alike, and its table says what was measured."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -230,6 +231,29 @@ def test_a_compiled_program_may_fail_and_another_one_not(program: Any) -> None:
     assert figures["compiled1"] == {"error": "ValueError: no such network"}
     with pytest.raises(programs.ProgramError):
         compare.in_turns({"torch1": program("dies in its turn")}, steps=1, rounds=1)
+
+
+CHOICES = ("channels_last", "fused", "bucket_view")
+
+
+@pytest.mark.parametrize("best", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_pytorchs_fastest_options_are_what_is_compared_with(
+    best: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_turns(alive: dict[str, programs.Program], *_: Any, **__: Any) -> dict[str, Any]:
+        """A step takes longer for each option that is not as in `best`."""
+        variants = {key: json.loads(program._command[-1]).get("variant", {}) for key, program in alive.items()}
+        wrong = {
+            key: sum(v.get(c, False) != b for c, b in zip(CHOICES, best, strict=True)) for key, v in variants.items()
+        }
+        return {key: {"steps_in_turns": [1.0 + wrong[key]], "of": variant} for key, variant in variants.items()}
+
+    monkeypatch.setattr(compare, "in_turns", in_turns)
+    found = compare.compare_network("cnn", steps=1, rounds=3, quick=False, no_compile=False)
+    alone = {choice: True for choice, chosen in zip(CHOICES[:2], best[:2], strict=True) if chosen}
+    assert found["torch1"]["variant"] == found["torch1"]["of"] == alone
+    assert found["torch2"]["variant"] == found["torch2"]["of"] == alone | ({"bucket_view": True} if best[2] else {})
+    assert found["compiled"]["of"] == {**alone, "compile": True}
 
 
 def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:
