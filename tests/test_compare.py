@@ -3,15 +3,19 @@
 import itertools
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import compare
+import measure
 import networks
 import passes
 import programs
@@ -254,6 +258,105 @@ def test_pytorchs_fastest_options_are_what_is_compared_with(
     assert found["torch1"]["variant"] == found["torch1"]["of"] == alone
     assert found["torch2"]["variant"] == found["torch2"]["of"] == alone | ({"bucket_view": True} if best[2] else {})
     assert found["compiled"]["of"] == {**alone, "compile": True}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "cell"),
+    [
+        (None, "not measured"),
+        ({"error": "RuntimeError: no compiler"}, "RuntimeError: no compiler"),
+        (figures(2e-3, compile_seconds=33.4), "2.00 (33 s)"),
+    ],
+)
+def test_a_compiled_step_stands_beside_the_time_to_compile_it(
+    compiled: dict[str, Any] | None, cell: str, results: dict[str, Any]
+) -> None:
+    results["networks"]["mlp512"] |= {} if compiled is None else {"compiled": compiled}
+    header, row, *_ = (line.split("|") for line in table.show(results).splitlines() if line.startswith("| "))
+    assert dict(zip(map(str.strip, header), map(str.strip, row), strict=True))["compiled (compile s)"] == cell
+
+
+def test_the_conditions_name_processor_and_software(results: dict[str, Any]) -> None:
+    results["conditions"] = found = compare.conditions()
+    assert list(found) == ["date", "command", "processor", "python", "numpy", "mpi", "OPENBLAS_CORETYPE"]
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    name, _, cores = found["processor"].rpartition(", ")
+    assert name == (cpu[0] if cpu else platform.processor())
+    assert cores == f"{len(os.sched_getaffinity(0))} cores in use"
+    shown = table.show(results)
+    assert all(re.search(rf"^{key}: +{re.escape(value)}$", shown, re.MULTILINE) for key, value in found.items())
+
+
+def test_the_time_to_the_first_step_is_the_median_of_three_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = iter([1.0, 9.0, 2.0])
+
+    class Started(programs.Program):
+        def __enter__(self) -> programs.Program:
+            assert (self._command[1:3], self._ranks) == (["-m", "distprop"], 2)
+            self.first = {"first_step_seconds": next(starts)}
+            return self
+
+    monkeypatch.setattr(compare, "Program", Started)
+    assert compare.median_start("distprop", {"network": "mlp512"}) == 2.0
+    assert list(starts) == []
+
+
+class Learning:
+    """Training of rank 0 of 1 that recognises so many of 100 images after each step, and remembers what it was told."""
+
+    rank, size = 0, 1
+
+    def __init__(self, right: list[int]) -> None:
+        self.right, self.rates, self.seen = right, [], []
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        self.seen.append(x)
+        return 0.0
+
+    def convert(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return x, y
+
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
+    def count_right(self, x: np.ndarray, y: np.ndarray) -> int:
+        return self.right[len(self.seen) - 1]
+
+
+@pytest.mark.parametrize(
+    ("right", "steps", "reached"), [([97] * 16, 16, False), ([97] * 5 + [98] * 11, 6, True), ([98] * 16, 2, True)]
+)
+def test_training_on_mnist_ends_at_98_percent(
+    right: list[int], steps: int, reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four epochs of four steps, looked at after every second one."""
+    monkeypatch.setenv("COMPARE_BEGAN", "0")
+    training, images = Learning(right), np.arange(4 * 64)
+    data = [images, images, np.zeros(100), np.zeros(100)]
+    found = measure.train_mnist(training, data, training.rates.append, training.count_right, epochs=4, seed=0)
+    assert (found["steps"], found["reached"], found["accuracy"]) == (steps, reached, right[steps - 1] / 100)
+    assert training.rates == pytest.approx([0.1 * (1 - step / 16) for step in range(steps)])
+    assert sorted(np.concatenate(training.seen[:4])) == images.tolist() or steps < 4
+    assert {len(batch) for batch in training.seen} == {64}
+
+
+def test_the_time_to_98_percent_is_a_median_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(command: list[str]) -> dict[str, Any]:
+        job = json.loads(command[-1])
+        commands.append((Path(command[-2]).name, job))
+        late = 10 * ("torch" in command[-2])
+        return {"seconds": late + [3.0, 1.0, 8.0][job["seed"]], "accuracy": 0.98, "reached": late + job["seed"] != 12}
+
+    monkeypatch.setattr(compare, "run_for_json", run)
+    monkeypatch.setenv("DISTPROP_DATA", "somewhere")
+    assert compare.compare_mnist() == {
+        "torch": {"seconds": 13.0, "accuracy": 0.98, "reached": False},
+        "distprop": {"seconds": 3.0, "accuracy": 0.98, "reached": True},
+    }
+    jobs = [{"network": "mlp512", "epochs": 4, "seed": seed} for seed in range(3)]
+    assert commands == [(f"train_{library}.py", job) for job in jobs for library in ("torch", "distprop")]
 
 
 def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:
