@@ -327,6 +327,11 @@ def test_one_cycle_whose_top_is_at_an_end(steps, rise):
         assert rates[int(top)] == pytest.approx(0.3)
 
 
+def test_milestones_may_come_from_a_generator():
+    rates = schedule.multi_step(0.4, (epoch * 2 for epoch in (1, 2)), 0.5)
+    assert [rates(step) for step in range(5)] == pytest.approx([0.4, 0.4, 0.2, 0.2, 0.1])
+
+
 def test_warmup_leads_into_the_schedule():
     rates = schedule.warmup(schedule.exponential(0.4, 0.5), 4)
     assert [rates(step) for step in range(7)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.2, 0.1])

@@ -7,7 +7,7 @@ same on every rank. Steps, not epochs: an epoch is `len(loader)` steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from distprop.optim.optimizer import Schedule
 
@@ -23,9 +23,10 @@ def step_decay(lr: float, every: int, gamma: float = 0.1) -> Schedule:
     return lambda step: lr * gamma ** (step // every)
 
 
-def multi_step(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
+def multi_step(lr: float, milestones: Iterable[int], gamma: float = 0.1) -> Schedule:
     """lr·gamma^(milestones passed) (PyTorch's MultiStepLR)."""
-    return lambda step: lr * gamma ** sum(step >= milestone for milestone in milestones)
+    kept = tuple(milestones)
+    return lambda step: lr * gamma ** sum(step >= milestone for milestone in kept)
 
 
 def exponential(lr: float, gamma: float) -> Schedule:
