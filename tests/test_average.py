@@ -44,7 +44,7 @@ def test_it_is_pytorchs_averaged_model(decay, dtype, tolerance, rng, torch):
     reference = torch.optim.swa_utils.AveragedModel(
         theirs, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     )
-    for _ in range(10):
+    for _ in range(20):
         change(ours, rng)
         for p, q in zip(ours, theirs, strict=True):
             q.data = torch.tensor(p.data)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -266,48 +267,69 @@ def test_parameters_of_two_dtypes_are_refused_at_the_first_step():
         optimizer.step()
 
 
-# schedules: one row each: ours, PyTorch's class and its arguments, the first rate, the steps to compare
+# schedules: one row each: ours with the rate 0.3, PyTorch's class and its arguments, the steps to compare
 
 SCHEDULES = [
-    (schedule.constant(0.3), "ConstantLR", {"factor": 1.0}, 0.3, 20),
-    (schedule.step_decay(0.3, 4), "StepLR", {"step_size": 4}, 0.3, 20),
-    (schedule.step_decay(0.3, 1, gamma=0.5), "StepLR", {"step_size": 1, "gamma": 0.5}, 0.3, 10),
-    (schedule.multi_step(0.3, [3, 7, 7, 12], 0.5), "MultiStepLR", {"milestones": [3, 7, 7, 12], "gamma": 0.5}, 0.3, 20),
-    (schedule.exponential(0.3, 0.9), "ExponentialLR", {"gamma": 0.9}, 0.3, 20),
-    (schedule.cosine(0.3, 16), "CosineAnnealingLR", {"T_max": 16}, 0.3, 17),
-    (schedule.cosine(0.3, 16, 0.01), "CosineAnnealingLR", {"T_max": 16, "eta_min": 0.01}, 0.3, 17),
-    (schedule.polynomial(0.3, 10), "PolynomialLR", {"total_iters": 10}, 0.3, 15),
-    (schedule.polynomial(0.3, 10, 2.5), "PolynomialLR", {"total_iters": 10, "power": 2.5}, 0.3, 15),
-    (schedule.warmup(0.3, 5, start=0.1), "LinearLR", {"start_factor": 0.1, "total_iters": 5}, 0.3, 12),
-    (schedule.one_cycle(0.3, 20), "OneCycleLR", {"max_lr": 0.3, "total_steps": 20}, 0.3, 20),
-    (
-        schedule.one_cycle(0.3, 37, rise=0.45, div_factor=10, final_div_factor=100),
-        "OneCycleLR",
-        {"max_lr": 0.3, "total_steps": 37, "pct_start": 0.45, "div_factor": 10, "final_div_factor": 100},
-        0.3,
-        37,
-    ),
-    (
-        schedule.one_cycle(0.3, 10, rise=0.0),
-        "OneCycleLR",
-        {"max_lr": 0.3, "total_steps": 10, "pct_start": 0.0},
-        0.3,
-        10,
+    (schedule.constant(0.3), "ConstantLR", {"factor": 1.0}, 20),
+    (schedule.step_decay(0.3, 4), "StepLR", {"step_size": 4}, 20),
+    (schedule.step_decay(0.3, 1, gamma=0.5), "StepLR", {"step_size": 1, "gamma": 0.5}, 20),
+    (schedule.multi_step(0.3, [3, 7, 7, 12], 0.5), "MultiStepLR", {"milestones": [3, 7, 7, 12], "gamma": 0.5}, 20),
+    (schedule.exponential(0.3, 0.9), "ExponentialLR", {"gamma": 0.9}, 20),
+    (schedule.cosine(0.3, 20), "CosineAnnealingLR", {"T_max": 20}, 21),
+    (schedule.cosine(0.3, 20, 0.01), "CosineAnnealingLR", {"T_max": 20, "eta_min": 0.01}, 21),
+    (schedule.polynomial(0.3, 10), "PolynomialLR", {"total_iters": 10}, 20),
+    (schedule.polynomial(0.3, 10, 2.5), "PolynomialLR", {"total_iters": 10, "power": 2.5}, 20),
+    (schedule.warmup(0.3, 5, start=0.1), "LinearLR", {"start_factor": 0.1, "total_iters": 5}, 20),
+    *(
+        (
+            schedule.one_cycle(0.3, steps, rise=rise, **factors),
+            "OneCycleLR",
+            {"max_lr": 0.3, "total_steps": steps, "pct_start": rise, "cycle_momentum": False, **factors},
+            steps,
+        )
+        for steps, rise, factors in (
+            (20, 0.3, {}),
+            (37, 0.45, {"div_factor": 10, "final_div_factor": 100}),
+            (20, 0.0, {}),
+        )
     ),
 ]
+FROM_THE_FULL_RATE = [row for row in SCHEDULES if row[1] not in ("LinearLR", "OneCycleLR")]
+
+
+def assert_same_steps(rates, scheduler, steps, rng, torch):
+    """The rates, and the parameters that SGD makes of them, beside those under PyTorch's `scheduler(optimizer)`."""
+    ours, theirs = pairs(torch, np.float64)
+    optimizer, reference = SGD(ours, lr=rates, momentum=0.9), torch.optim.SGD(theirs, lr=0.3, momentum=0.9)
+    their_rates = scheduler(reference)
+    for step in range(steps):
+        assert rates(step) == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12, abs=1e-16), step
+        give_gradients(rng, ours, theirs, torch)
+        optimizer.step()
+        reference.step()
+        assert_equal(ours, theirs, 1e-12)
+        if step < steps - 1:
+            their_rates.step()
 
 
 @pytest.mark.parametrize(
-    ("rates", "name", "options", "lr", "steps"), SCHEDULES, ids=[f"{r[1]} {r[2]}" for r in SCHEDULES]
+    ("rates", "name", "options", "steps"), SCHEDULES, ids=[f"{row[1]} {row[2]}" for row in SCHEDULES]
 )
-def test_schedules_are_pytorchs(rates, name, options, lr, steps, torch):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
-    theirs = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
-    for step in range(steps):
-        assert rates(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-16), step
-        optimizer.step()
-        if step < steps - 1:
-            theirs.step()
+def test_schedules_are_pytorchs(rates, name, options, steps, rng, torch):
+    assert_same_steps(rates, partial(getattr(torch.optim.lr_scheduler, name), **options), steps, rng, torch)
+
+
+@pytest.mark.parametrize(
+    ("rates", "name", "options", "steps"), FROM_THE_FULL_RATE, ids=[f"{row[1]} {row[2]}" for row in FROM_THE_FULL_RATE]
+)
+def test_a_warmup_leads_into_a_schedule_as_pytorchs_does(rates, name, options, steps, rng, torch):
+    schedulers = torch.optim.lr_scheduler
+
+    def scheduler(optimizer):
+        rise = schedulers.LinearLR(optimizer, start_factor=0.1, total_iters=5)
+        return schedulers.SequentialLR(optimizer, [rise, getattr(schedulers, name)(optimizer, **options)], [5])
+
+    assert_same_steps(schedule.warmup(rates, 5, start=0.1), scheduler, 5 + steps, rng, torch)
 
 
 def test_schedules_stay_at_their_end():

@@ -70,7 +70,8 @@ def one_cycle(
 ) -> Schedule:
     """Up to `max_lr` along half a cosine during the share `rise` of `steps`, then down along another.
 
-    It starts at max_lr/div_factor and ends at that divided by final_div_factor.
+    It starts at max_lr/div_factor and ends at that divided by final_div_factor. The momentum stays as it is, where
+    PyTorch's moves it the other way, between 0.85 and 0.95, unless it is told `cycle_momentum=False`.
     Source: Smith and Topin, 2017, arXiv:1708.07120 (PyTorch's OneCycleLR).
     """
     _positive(steps=steps)
