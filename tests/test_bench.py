@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -15,6 +17,7 @@ from distprop.bench.allreduce import bench_allreduce
 from distprop.bench.ops import OperationTimes, cases, summary
 from distprop.cli import main
 from distprop.comm import ThreadCommunicator, run_threads
+from distprop.data import ArrayDataset
 
 
 def test_step_prints_every_phase_beside_the_hand_written_loop() -> None:
@@ -136,6 +139,21 @@ def test_memory_that_grows_with_the_dataset_is_found(monkeypatch: pytest.MonkeyP
     assert not scaling.dataset_size(quick=True).met
     monkeypatch.setattr(scaling, "_dataset_step", lambda path, size, steps: (1e-3, 1e6))
     assert scaling.dataset_size(quick=True).met
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from Linux' /proc")
+def test_what_a_dataset_keeps_of_each_row_is_private_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Keeping(ArrayDataset):
+        def __init__(self, *arrays: Any) -> None:
+            super().__init__(*arrays)
+            self.kept = np.ones(len(arrays[0]))  # 8 bytes a row
+
+    rows, found = 5_000_000, []  # arrays of more than 32 MiB go back to the kernel when they are freed
+    for kind in (ArrayDataset, Keeping):
+        monkeypatch.setattr(scaling, "ArrayDataset", kind)
+        few, many = (scaling._dataset_step(tmp_path / "x", 4 * 784 * n, steps=1)[1] for n in (1000, rows))
+        found.append((many - few) / rows)
+    assert found == pytest.approx([8, 16], abs=1)  # bytes a row: the epoch's order, and what is kept
 
 
 def test_ops_times_operations_beside_a_copy() -> None:
