@@ -124,6 +124,27 @@ def test_growth_that_is_not_linear_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert scaling.show(part).endswith("MISSED")
 
 
+def test_scaling_goes_as_far_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = []
+
+    def depth_seconds(kinds: Any, count: int, steps: int) -> tuple[float, float]:
+        layers.append(count)
+        return 1e-6 * count, 0.0
+
+    monkeypatch.setattr(scaling, "_step_seconds", lambda widths, rows, seconds_allowed: 1.0)
+    monkeypatch.setattr(scaling, "_depth_seconds", depth_seconds)
+    assert [row[0] for row in scaling.model_size().rows] == [
+        "10,000",
+        "99,856",
+        "1,000,000",
+        "9,998,244",
+        "100,000,000",
+    ]
+    assert [int(row[0]) for row in scaling.batch_size().rows] == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    scaling.depth()
+    assert layers == [100, 300, 1000] * 2
+
+
 def test_a_result_that_depends_on_the_number_of_ranks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(size: int, batch: int, steps: int) -> dict[str, Any]:
         return {"seconds": 1e-3, "result": [1.0, 1.0 + 1e-9 * (size == 4)]}
