@@ -207,25 +207,38 @@ def test_any_geometry_is_pytorchs_or_is_refused_by_both(seed, torch, blocks):
 
 
 @pytest.mark.parametrize(
-    ("shape", "weight", "options"),
+    ("function", "shape", "weight", "options"),
     [
-        ((5, 16, 9, 7), (12, 16, 3, 3), {"padding": 1}),
-        ((5, 16, 9, 8), (12, 8, 3, 3), {"padding": 1, "groups": 2}),
-        ((3, 8, 11, 9), (8, 8, 5, 3), {"stride": (3, 2), "padding": 2, "dilation": (2, 1)}),
-        ((1, 32, 40, 30), (16, 32, 3, 3), {}),  # one image is several blocks
+        (F.conv2d, (5, 16, 9, 7), (12, 16, 3, 3), {"padding": 1}),
+        (F.conv2d, (5, 16, 9, 8), (12, 8, 3, 3), {"padding": 1, "groups": 2}),
+        (F.conv2d, (3, 8, 11, 9), (8, 8, 5, 3), {"stride": (3, 2), "padding": 2, "dilation": (2, 1)}),
+        (F.conv2d, (1, 32, 40, 30), (16, 32, 3, 3), {}),  # one image is several blocks
+        # each channel alone
+        (F.conv2d, (5, 16, 9, 7), (16, 1, 3, 3), {"padding": 1, "groups": 16}),
+        (F.conv2d, (3, 4, 11, 9), (8, 1, 5, 3), {"stride": (3, 2), "padding": 2, "dilation": (2, 1), "groups": 4}),
+        (F.conv2d, (1, 32, 40, 30), (32, 1, 3, 2), {"groups": 32}),
+        # in tiles
+        (F.conv_transpose2d, (5, 6, 9, 7), (6, 8, 4, 6), {"stride": (2, 3), "padding": 1, "output_padding": (1, 0)}),
+        (F.conv_transpose2d, (1, 16, 20, 30), (16, 4, 4, 2), {"stride": 2, "groups": 2}),
     ],
 )
-def test_a_row_of_the_kernel_at_a_time_gives_what_whole_windows_do(shape, weight, options, blocks, rng):
-    inputs = [frozen(rng.normal(size=s)) for s in (shape, weight, weight[:1])]
+def test_each_faster_way_gives_what_products_with_whole_windows_do(
+    function, shape, weight, options, blocks, monkeypatch, rng
+):
+    outputs = weight[1] * options.get("groups", 1) if function is F.conv_transpose2d else weight[0]
+    inputs = [frozen(rng.normal(size=s)) for s in (shape, weight, (outputs,))]
     found = []
-    for small_product in (0, 3_000):
-        blocks(20_000, small_product=small_product)
+    for faster in (True, False):
+        blocks(20_000, small_product=3_000 if faster else 0)
+        if not faster:
+            monkeypatch.setattr(depthwise, "suits", lambda channels, groups: False)
+            monkeypatch.setattr(correlate, "has_tiles", lambda window: False)
         tensors = [Tensor(a, requires_grad=True) for a in inputs]
-        value = F.conv2d(*tensors, **options)
+        value = function(*tensors, **options)
         value.backward(cotangent(value.shape, "float64"))
         found.append([value.data, *(t.grad for t in tensors)])
-    for whole, by_row in zip(*found, strict=True):
-        assert_close(by_row, whole, 1e-13)
+    for fast, whole in zip(*found, strict=True):
+        assert_close(fast, whole, 1e-13)
     assert not np.array_equal(found[0][0], found[1][0])  # the same to the bit would be the same way twice
 
 

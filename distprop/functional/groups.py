@@ -17,7 +17,7 @@ from distprop.tape import Array
 
 def correlate(images: Array, weight: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """See `correlate.correlate`."""
-    if groups > 1 and weight.shape[1] == 1:
+    if depthwise.suits(weight.shape[1], groups):
         return depthwise.correlate(images, weight, bias, window)
     if kernel_rows.suits(weight.shape[1], len(weight) // groups, window):
         return kernel_rows.correlate(images, weight, bias, window, groups)
@@ -30,7 +30,7 @@ def correlate(images: Array, weight: Array, bias: Array | None, window: Window, 
 
 def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, groups: int) -> Array:
     """See `correlate.input_gradient`."""
-    if groups > 1 and weight.shape[1] == 1:
+    if depthwise.suits(weight.shape[1], groups):
         return depthwise.input_gradient(grad, weight, window, size, groups)
     if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
         turned = kernel_rows.turned_round(weight, groups)
@@ -44,7 +44,7 @@ def input_gradient(grad: Array, weight: Array, window: Window, size: Pair, group
 def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> Array:
     """See `correlate.weight_gradient`."""
     channels, outputs = images.shape[3] // groups, grad.shape[3] // groups
-    if groups > 1 and channels == 1:
+    if depthwise.suits(channels, groups):
         return depthwise.weight_gradient(images, grad, window)
     if kernel_rows.suits(channels, outputs, window):
         return kernel_rows.weight_gradient(images, grad, window, groups)
@@ -57,7 +57,7 @@ def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> 
 def gradients(images: Array, grad: Array, weight: Array, window: Window, groups: int) -> tuple[Array, Array]:
     """See `correlate.gradients`."""
     size = (images.shape[1], images.shape[2])
-    if groups > 1 and weight.shape[1] == 1:
+    if depthwise.suits(weight.shape[1], groups):
         return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
     if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
         turned = kernel_rows.turned_round(weight, groups)
