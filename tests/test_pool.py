@@ -5,7 +5,7 @@ import pytest
 
 from distprop import functional as F
 from distprop import nn
-from distprop.functional import maxima, pool, tiles
+from distprop.functional import maxima, pool, sliding, tiles
 from distprop.functional.geometry import pooling_window
 from distprop.tape import no_grad
 from distprop.tensor import Tensor
@@ -163,6 +163,20 @@ def test_windows_side_by_side_give_the_bits_that_any_windows_give(shape, kernel,
     grad = rng.normal(size=value.shape).astype(dtype)
     expected = maxima.backward(grad, winner, shape, window)
     np.testing.assert_array_equal(tiles.backward(grad, winner, shape, window), expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), ((2, 5), (3, 2), (0, 2)), (4, 4, 2)])
+def test_pixels_brought_together_give_the_bits_that_strided_ones_give(kernel, stride, padding, monkeypatch, block, rng):
+    x = rng.normal(size=(2, 3, 9, 11))
+    found = []
+    for long_run in (1 << 20, 0):
+        monkeypatch.setattr(sliding, "LONG_RUN", long_run)
+        tensor = Tensor(x, requires_grad=True)
+        value = F.avg_pool2d(tensor, kernel, stride, padding)
+        value.backward(cotangent(value.shape, "float64"))
+        found.append((value.data, tensor.grad))
+    for together, strided in zip(*found, strict=True):
+        np.testing.assert_array_equal(together, strided)
 
 
 def test_numbers_of_more_than_eight_bytes(rng):
