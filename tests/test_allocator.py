@@ -19,35 +19,58 @@ import resource
 import numpy as np
 from distprop import functional as F
 from distprop import nn
-model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
-x = np.zeros((1024, 256), np.float32)
+from distprop.tensor import Tensor
+model = {model}
+x = np.zeros({shape}, np.float32)
+def output():
+    y = model(x)
+    return y if isinstance(y, Tensor) else y[0]
+target = np.zeros(output().shape, np.float32)
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):
-        F.mse_loss(model(x), x).backward()
+        F.mse_loss(output(), target).backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
 faults(3)
 print(faults(10))
 """
+MODELS = {
+    "linear": ("nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))", (1024, 256)),
+    "convolutional": (
+        "nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), "
+        "nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(2))",
+        (32, 3, 32, 32),
+    ),
+    "lstm": ("nn.LSTM(64, 128, num_layers=2)", (32, 64, 64)),
+    "transformer": ("nn.TransformerEncoderLayer(128, 4, 512)", (64, 16, 128)),
+}
 
 
-def page_faults(**environment: str) -> float:
+def page_faults(name: str, **environment: str) -> float:
+    model, shape = MODELS[name]
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-c", STEPS], env=own | environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", STEPS.format(model=model, shape=shape)],
+        env=own | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     return float(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
-def test_a_step_takes_the_memory_of_the_step_before() -> None:
-    assert page_faults() < 100
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_takes_the_memory_of_the_step_before(name: str) -> None:
+    assert page_faults(name) < 100
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
-def test_the_users_own_settings_stay() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_users_own_settings_stay(name: str) -> None:
     """131072 is glibc's default; set by hand it no longer grows, and blocks above it come from the kernel."""
-    assert page_faults(MALLOC_MMAP_THRESHOLD_="131072") > 1000
+    assert page_faults(name, MALLOC_MMAP_THRESHOLD_="131072") > 1000
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (300, 257), (7, 64, 33, 2)])
