@@ -66,9 +66,10 @@ def convolution_window(
     before = (0, 0) if isinstance(padding, str) else pair(operation, "padding", padding, 0, axes)
     spare = [n + 2 * p - e for n, p, e in zip(size, before, extent, strict=True)]
     if min(spare) < 0:
+        padded = " by ".join(str(n + 2 * p) for n, p in zip(shape[2:], before, strict=False))
         raise ValueError(
-            f"{operation} got x of shape {shape}; with padding {padding!r} that is {size[0] + 2 * before[0]} by "
-            f"{size[1] + 2 * before[1]}, less than the {extent[0]} by {extent[1]} of the kernel {kernel}"
+            f"{operation} got x of shape {shape}; with padding {padding!r} that is {padded}, less than the "
+            f"{' by '.join(map(str, extent[:axes]))} of the kernel {kernel if axes == 2 else kernel[0]}"
             + (f" with dilation {dilation!r}" if dilations != (1, 1) else "")
         )
     return Window(kernel, strides, dilations, before, (spare[0] // strides[0] + 1, spare[1] // strides[1] + 1))
