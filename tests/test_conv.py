@@ -419,7 +419,9 @@ WRONG = [
     ((IMAGE, (8, 4, 0, 3)), {}, ValueError, r"none of them 0; got \(8, 4, 0, 3\)"),
     ((IMAGE, (8, 4, 6, 3)), {}, ValueError, r"x of shape \(2, 4, 5, 6\).* 5 by 6, less than the 6 by 3 of the kernel"),
     ((IMAGE, KERNEL), {"dilation": 3}, ValueError, r"less than the 7 by 7 of the kernel \(3, 3\) with dilation 3"),
-    (((2, 4, 0, 6), KERNEL), {"padding": 1}, ValueError, r"x of shape \(2, 4, 0, 6\); with padding 1 that is 2 by 8"),
+    (((2, 4, 0, 6), KERNEL), {"padding": 1}, ValueError, r"x of shape \(2, 4, 0, 6\), which has no pixels"),
+    (((2, 4, 0, 6), KERNEL), {"padding": 2}, ValueError, r"x of shape \(2, 4, 0, 6\), which has no pixels"),
+    (((2, 4, 5, 0), KERNEL), {"padding": "same"}, ValueError, r"x of shape \(2, 4, 5, 0\), which has no pixels"),
     ((IMAGE, KERNEL, (7,)), {}, ValueError, r"8 output channels got a bias of shape \(7,\)"),
     ((IMAGE, KERNEL, (1,)), {}, ValueError, r"8 output channels got a bias of shape \(1,\)"),
     ((IMAGE, (8, 2, 3, 3)), {"groups": 3}, ValueError, r"groups=3, which does not divide 8"),
@@ -463,6 +465,19 @@ def test_conv1d_says_what_is_wrong():
     message = r"x of shape \(2, 3, 5\); with padding 1 that is 7, less than the 9 of the kernel 5 with dilation 2"
     with pytest.raises(ValueError, match=message):
         F.conv1d(np.zeros((2, 3, 5)), np.zeros((4, 3, 5)), padding=1, dilation=2)
+    with pytest.raises(ValueError, match=r"conv1d got x of shape \(2, 3, 0\), which has no pixels"):
+        F.conv1d(np.zeros((2, 3, 0)), np.zeros((4, 3, 2)), padding=2)
+
+
+@pytest.mark.parametrize("padding", [2, "same"])
+@pytest.mark.parametrize("shape", [(2, 4, 0, 6), (2, 4, 5, 0), (2, 4, 0)], ids=str)
+def test_images_without_pixels_are_refused_as_by_pytorch(shape, padding, torch):
+    name = f"conv{len(shape) - 2}d"
+    arguments = np.zeros(shape), np.zeros((8, 4, 3, 3)[: len(shape)])
+    with pytest.raises(RuntimeError):
+        getattr(torch.nn.functional, name)(*map(torch.tensor, arguments), padding=padding)
+    with pytest.raises(ValueError, match=f"{name} got x of shape .*, which has no pixels"):
+        getattr(F, name)(*arguments, padding=padding)
 
 
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])

@@ -48,9 +48,11 @@ def convolution_window(
     """The windows of a convolution over x of `shape`, `(batch, channels, height, width)` or `(…, length)`.
 
     Raises:
-        ValueError: the kernel is larger than the padded image, or padding "same" with a stride.
+        ValueError: an image without pixels, a kernel larger than the padded image, or padding "same" with a stride.
     """
     axes = len(shape) - 2
+    if 0 in shape[2:]:
+        raise ValueError(f"{operation} got x of shape {shape}, which has no pixels; only the batch may be 0")
     size = (shape[2], shape[3]) if axes == 2 else (shape[2], 1)
     strides, dilations = (
         pair(operation, name, value, 1, axes) for name, value in (("stride", stride), ("dilation", dilation))
