@@ -188,25 +188,52 @@ def test_numbers_of_more_than_eight_bytes(rng):
 
 @pytest.mark.parametrize("function", [F.max_pool2d, F.avg_pool2d])
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"kernel_size": 6}, ValueError, r"x of shape \(2, 3, 4, 5\).* 4 by 5, less than the 6 by 6 of the kernel"),
-        ({"kernel_size": (5, 1)}, ValueError, r"less than the 5 by 1"),
-        ({"kernel_size": 0}, ValueError, r"kernel_size must be one integer or two, 1 or more, got 0"),
-        ({"kernel_size": (2, 2, 2)}, ValueError, r"kernel_size must be .* got \(2, 2, 2\)"),
-        ({"kernel_size": 2, "stride": 0}, ValueError, r"stride must be .* got 0"),
-        ({"kernel_size": 2, "padding": -1}, ValueError, r"padding must be .* 0 or more, got -1"),
-        (
-            {"kernel_size": 3, "padding": 2},
-            ValueError,
-            r"half of the kernel at most, got padding 2 for kernel \(3, 3\)",
-        ),
-        ({"kernel_size": 2.0}, TypeError, r"kernel_size must be one integer or two, got 2.0"),
+        ({"kernel_size": 6}, r"x of shape \(2, 3, 4, 5\).* 4 by 5, less than the 6 by 6 of the kernel \(6, 6\)"),
+        ({"kernel_size": (5, 1)}, r"less than the 5 by 1"),
     ],
 )
-def test_poolings_say_what_is_wrong(function, options, error, message):
-    with pytest.raises(error, match=f"{function.__name__}.*{message}"):
+def test_poolings_say_what_does_not_fit_the_image(function, options, message):
+    with pytest.raises(ValueError, match=f"{function.__name__}.*{message}"):
         function(np.zeros((2, 3, 4, 5)), **options)
+
+
+NEVER = [
+    ({"kernel_size": 0}, ValueError, r"kernel_size must be one integer or two, 1 or more, got 0"),
+    ({"kernel_size": (2, 2, 2)}, ValueError, r"kernel_size must be .* got \(2, 2, 2\)"),
+    ({"kernel_size": 2, "stride": 0}, ValueError, r"stride must be .* got 0"),
+    ({"kernel_size": 2, "padding": -1}, ValueError, r"padding must be .* 0 or more, got -1"),
+    ({"kernel_size": 3, "padding": 2}, ValueError, r"half of the kernel at most, got padding 2 for kernel \(3, 3\)"),
+    ({"kernel_size": 2.0}, TypeError, r"kernel_size must be one integer or two, got 2.0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "layer", "options", "error", "message"),
+    [
+        *((F.max_pool2d, nn.MaxPool2d, *row) for row in NEVER),
+        *((F.avg_pool2d, nn.AvgPool2d, *row) for row in NEVER),
+        (F.max_pool2d, nn.MaxPool2d, {"kernel_size": 2, "dilation": 0}, ValueError, "dilation must be .* got 0"),
+        (F.avg_pool2d, nn.AvgPool2d, {"kernel_size": 2, "divisor_override": 0}, ValueError, "override must not be 0"),
+        *(
+            (
+                F.adaptive_avg_pool2d,
+                nn.AdaptiveAvgPool2d,
+                {"output_size": size},
+                error,
+                "output_size must be one integer or two",
+            )
+            for size, error in ((0, ValueError), ((1, 2, 3), ValueError), ((None,), TypeError), ([None, 0], ValueError))
+        ),
+    ],
+)
+def test_what_no_image_can_be_pooled_with_is_refused_when_a_layer_is_made(function, layer, options, error, message):
+    with pytest.raises(error, match=f"{function.__name__}: .*{message}") as of_function:
+        function(np.zeros((2, 3, 4, 5)), **options)
+    with pytest.raises(error, match=f"{layer.__name__}: .*{message}") as of_layer:
+        layer(**options)
+    assert str(of_layer.value).partition(": ")[2] == str(of_function.value).partition(": ")[2]
 
 
 @pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)], ids=repr)
@@ -218,19 +245,9 @@ def test_layers_refuse_what_is_not_a_batch_of_images(layer):
         layer(np.zeros((2, 3, 4, 4), np.int64))
 
 
-def test_the_rest_that_can_be_wrong():
-    x = np.zeros((2, 3, 4, 4))
-    with pytest.raises(ValueError, match="dilation must be"):
-        F.max_pool2d(x, 2, dilation=0)
+def test_dilation_makes_a_kernel_larger():
     with pytest.raises(ValueError, match="less than the 7 by 7 of the kernel"):
-        F.max_pool2d(x, 3, dilation=3)
-    with pytest.raises(ValueError, match="divisor_override must not be 0"):
-        F.avg_pool2d(x, 2, divisor_override=0)
-    with pytest.raises(ValueError, match="output_size must be one integer or two, 1 or more, got 0"):
-        F.adaptive_avg_pool2d(x, 0)
-    for size in ((1, 2, 3), (None,)):
-        with pytest.raises((ValueError, TypeError), match="output_size must be one integer or two"):
-            F.adaptive_avg_pool2d(x, size)
+        F.max_pool2d(np.zeros((2, 3, 4, 4)), 3, dilation=3)
 
 
 @pytest.mark.parametrize(

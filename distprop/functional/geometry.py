@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from distprop.functional.windows import Pair, Window
@@ -14,8 +15,17 @@ from distprop.functional.windows import Pair, Window
 Size: TypeAlias = int | Sequence[int]
 
 
-def pair(operation: str, name: str, value: int | Sequence[int | None], least: int, axes: int = 2) -> Pair:
+def pair(
+    operation: str,
+    name: str,
+    value: int | Sequence[int | None],
+    least: int,
+    axes: int = 2,
+    in_place_of_none: Pair | None = None,
+) -> Pair:
     """One integer for both axes or one for each, none below `least`; for `axes` 1 the width's is `least`.
+
+    Of two, one that is None may be replaced by that of `in_place_of_none`.
 
     Raises:
         TypeError: not integers.
@@ -23,6 +33,8 @@ def pair(operation: str, name: str, value: int | Sequence[int | None], least: in
     """
     try:
         given: Sequence[Any] = value if isinstance(value, Sequence) else (value,)
+        if in_place_of_none and len(given) == 2:
+            given = [other if number is None else number for number, other in zip(given, in_place_of_none, strict=True)]
         numbers = tuple(operator.index(number) for number in given)
     except TypeError:
         raise TypeError(
@@ -115,10 +127,29 @@ def transposed_window(
     return window, (height, width)
 
 
+def one_pooling_window(
+    operation: str, kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1
+) -> Window:
+    """The first window of a pooling, whatever the images are.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: numbers that are too small, or padding of more than half of the kernel.
+    """
+    kernel = pair(operation, "kernel_size", kernel_size, 1)
+    strides = kernel if stride is None else pair(operation, "stride", stride, 1)
+    before = pair(operation, "padding", padding, 0)
+    if any(2 * p > k for p, k in zip(before, kernel, strict=True)):
+        raise ValueError(
+            f"{operation}: padding may be half of the kernel at most, got padding {padding!r} for kernel {kernel}"
+        )
+    return Window(kernel, strides, pair(operation, "dilation", dilation, 1), before, (1, 1))
+
+
 def pooling_window(
     operation: str,
     shape: tuple[int, ...],
-    kernel: Pair,
+    kernel_size: Size,
     stride: Size | None,
     padding: Size,
     dilation: Size,
@@ -129,24 +160,19 @@ def pooling_window(
     `ceil_mode` adds a last window that hangs over the end, if it begins inside the image or the padding before it.
 
     Raises:
-        ValueError: a kernel larger than the padded image, or padding of more than half of the kernel.
+        TypeError, ValueError: see `one_pooling_window`.
+        ValueError: a kernel larger than the padded image.
     """
-    strides = kernel if stride is None else pair(operation, "stride", stride, 1)
-    before = pair(operation, "padding", padding, 0)
-    dilations = pair(operation, "dilation", dilation, 1)
-    window = Window(kernel, strides, dilations, before, (1, 1))
-    if any(2 * p > k for p, k in zip(before, kernel, strict=True)):
-        raise ValueError(
-            f"{operation}: padding may be half of the kernel at most, got padding {padding!r} for kernel {kernel}"
-        )
-    output = []
-    for n, p, e, s in zip(shape[2:], before, window.extent, strides, strict=True):
+    window = one_pooling_window(operation, kernel_size, stride, padding, dilation)
+    before, output = window.padding, []
+    for n, p, e, s in zip(shape[2:], before, window.extent, window.stride, strict=True):
         spare = n + 2 * p - e
         count = (-(-spare // s) if ceil_mode else spare // s) + 1
         output.append(count - 1 if ceil_mode and (count - 1) * s >= n + p else count)
     if min(output) < 1 or 0 in shape[2:]:
         raise ValueError(
             f"{operation} got x of shape {shape}; with padding {padding!r} that is {shape[2] + 2 * before[0]} by "
-            f"{shape[3] + 2 * before[1]}, less than the {window.extent[0]} by {window.extent[1]} of the kernel {kernel}"
+            f"{shape[3] + 2 * before[1]}, less than the {window.extent[0]} by {window.extent[1]} of the kernel "
+            f"{window.kernel}"
         )
-    return Window(kernel, strides, dilations, before, (output[0], output[1]))
+    return replace(window, output=(output[0], output[1]))

@@ -43,8 +43,7 @@ def max_pool2d(
         TypeError: x is not floating point.
     """
     x = _images("max_pool2d", input)
-    kernel = pair("max_pool2d", "kernel_size", kernel_size, 1)
-    window = pooling_window("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
+    window = pooling_window("max_pool2d", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     images = channels_last(x.data)
     shape = images.shape
     way = tiles if tiles.suits(images, window) else maxima
@@ -76,8 +75,7 @@ def avg_pool2d(
         TypeError: x is not floating point.
     """
     x = _images("avg_pool2d", input)
-    kernel = pair("avg_pool2d", "kernel_size", kernel_size, 1)
-    window = pooling_window("avg_pool2d", x.shape, kernel, stride, padding, 1, ceil_mode)
+    window = pooling_window("avg_pool2d", x.shape, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override == 0:
         raise ValueError("avg_pool2d: divisor_override must not be 0")
     images = channels_last(x.data)
@@ -124,11 +122,7 @@ def adaptive_avg_pool2d(input: Operand, output_size: int | Sequence[int | None])
     """
     x = _images("adaptive_avg_pool2d", input)
     n, channels, height, width = x.shape
-    if isinstance(output_size, Sequence) and len(output_size) == 2:
-        output_size = [
-            size if length is None else length for length, size in zip(output_size, x.shape[2:], strict=True)
-        ]
-    rows, columns = pair("adaptive_avg_pool2d", "output_size", output_size, 1)
+    rows, columns = pair("adaptive_avg_pool2d", "output_size", output_size, 1, in_place_of_none=(height, width))
     if rows == columns == 1:
         return _mean_of_all(x)
     down, across = _means(height, rows, x.dtype), _means(width, columns, x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distprop import functional as F
-from distprop.functional.geometry import Size
+from distprop.functional.geometry import Size, one_pooling_window, pair
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Tensor
 
@@ -25,6 +25,7 @@ class MaxPool2d(Module):
         *,
         ceil_mode: bool = False,
     ) -> None:
+        one_pooling_window("MaxPool2d", kernel_size, stride, padding, dilation)
         self.kernel_size, self.padding, self.dilation, self.ceil_mode = kernel_size, padding, dilation, ceil_mode
         self.stride = kernel_size if stride is None else stride
 
@@ -52,6 +53,9 @@ class AvgPool2d(Module):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> None:
+        one_pooling_window("AvgPool2d", kernel_size, stride, padding)
+        if divisor_override == 0:
+            raise ValueError("AvgPool2d: divisor_override must not be 0")
         self.kernel_size, self.padding, self.ceil_mode = kernel_size, padding, ceil_mode
         self.stride = kernel_size if stride is None else stride
         self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
@@ -77,6 +81,7 @@ class AdaptiveAvgPool2d(Module):
     """The mean over `output_size` windows that cover the image: `AdaptiveAvgPool2d(1)` is the mean of each channel."""
 
     def __init__(self, output_size: int | Sequence[int | None]) -> None:
+        pair("AdaptiveAvgPool2d", "output_size", output_size, 1, in_place_of_none=(1, 1))
         self.output_size = output_size
 
     def forward(self, x: Operand) -> Tensor:
