@@ -375,6 +375,11 @@ def test_activation_modules_are_their_functions(name, options, function, rng):
     np.testing.assert_array_equal(getattr(nn, name)(**options)(x).data, expected.data)
 
 
+def test_gelu_refuses_an_approximation_that_there_is_not():
+    with pytest.raises(ValueError, match='GELU: approximate must be "none" or "tanh", got \'sigmoid\''):
+        nn.GELU("sigmoid")
+
+
 @pytest.mark.parametrize(("name", "options", "function"), [*LAYERS, ("Flatten", {}, ""), ("Identity", {}, "")])
 def test_layers_agree_with_pytorch_with_given_and_with_default_arguments(name, options, function, rng, torch):
     x = rng.normal(size=(3, 4, 2))

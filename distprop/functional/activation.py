@@ -72,9 +72,7 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
     (1 + tanh u)/2 + x (1 − tanh² u)/2 · u′. Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
     """
     x = _float("gelu", input)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
-
+    check_approximation("gelu", approximate)
     normal = StandardNormal(min(x.data.size, _GELU_PIECE))
 
     def value(x: Array, out: Array, slope: Array | None) -> None:
@@ -97,6 +95,12 @@ def gelu(input: Operand, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         return pointwise(x, tanh_value, _times_slope, keep=True)
     return pointwise(x, value, _times_slope, keep=True, piece=_GELU_PIECE)
+
+
+def check_approximation(operation: str, approximate: str) -> None:
+    """Raise ValueError unless it is one of GELU's."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'{operation}: approximate must be "none" or "tanh", got {approximate!r}')
 
 
 def silu(input: Operand) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop import functional as F
+from distprop.functional.activation import check_approximation
 from distprop.nn import init
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
@@ -84,6 +85,7 @@ class GELU(Module):
     """x Φ(x); `approximate` is "none" or "tanh"."""
 
     def __init__(self, approximate: str = "none") -> None:
+        check_approximation("GELU", approximate)
         self.approximate = approximate
 
     def forward(self, x: Operand) -> Tensor:
