@@ -509,3 +509,6 @@ def test_the_modules_say_what_does_not_fit():
         module(x, x, x, attn_mask=np.ones((4, 4)))
     with pytest.raises(ValueError, match=r"src of shape \(2, 4, 5\); it must be \(steps, batch, 6\)"):
         nn.TransformerEncoderLayer(6, 3)(x[..., :5])
+    message = r"src_key_padding_mask of shape \(5,\) for src of shape \(4, 6\); it must be \(steps,\) = \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        nn.TransformerEncoderLayer(6, 3)(x[0], src_key_padding_mask=np.ones(5, bool))

@@ -270,7 +270,13 @@ class TransformerEncoderLayer(Module):
             )
         if x.ndim == 2:
             padding = None if src_key_padding_mask is None else as_tensor(src_key_padding_mask)
-            padding = padding if padding is None else padding.reshape(1, *padding.shape)
+            if padding is not None:
+                if padding.shape != x.shape[:1]:
+                    raise ValueError(
+                        f"TransformerEncoderLayer got a src_key_padding_mask of shape {padding.shape} for src of shape "
+                        f"{x.shape}; it must be (steps,) = {x.shape[:1]}"
+                    )
+                padding = padding.reshape(1, *padding.shape)
             return self._layer(x.reshape(1, *x.shape), src_mask, padding, is_causal)[0]
         if self.batch_first:
             return self._layer(x, src_mask, src_key_padding_mask, is_causal)
