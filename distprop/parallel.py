@@ -163,6 +163,19 @@ class DataParallel:
         """How long the last sum over the ranks took, waiting for slower ranks included."""
         return (self.reduced[1] - self.reduced[0]) / 1e9
 
+    @property
+    def reduction(self) -> str:
+        """How gradients are summed over the ranks, in words; it follows from where these are and what is asked for."""
+        node, how = self.comm.node, "one message"
+        if self.comm.size == 1:
+            how = "nothing to sum"
+        elif node is not None and self._in_shared_memory and node.size == self.comm.size:
+            how = "shared memory"
+        elif node is not None and self._in_shared_memory and self._tree is None:
+            how = "shared memory on each node, one message between nodes"
+        parts = [how, self.wire, self._tree and f"a fixed tree of {self._tree.shards} shards"]
+        return ", ".join(part for part in parts if part)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for this rank's share of the batch."""
         if self._walking:  # the last backward pass raised; what it put aside belongs to that step
@@ -240,10 +253,8 @@ class DataParallel:
         named = [(self._names[id(parameter)], parameter) for parameter in parameters]
         seconds = compare_values(named, self.comm, self._pace.own_seconds(self.reductions))
         self._verify_due, self._verified = False, time.monotonic()
-        slow = self._pace.compare(seconds)
-        if self.comm.rank == 0:
-            for line in slow:
-                print(f"distprop: {line}", file=sys.stderr, flush=True)
+        for line in self._pace.compare(seconds):
+            self._say(line)
 
     def parameters(self) -> Iterator[Parameter]:
         """The module's parameters."""
@@ -403,6 +414,12 @@ class DataParallel:
         """Move the parameters into one buffer, and say how its message is summed."""
         extra = self._statistics.size + (self._passengers.size if self._passengers is not None else 0)
         self._buffer = FlatBuffer(self._trained, extra, self.comm.allocate)
+        node = self.comm.node
+        self._in_shared_memory = node is not None and node.arrays(self._buffer.message) is not None
+        if node is not None and not self._in_shared_memory:
+            self._say(
+                "there is no room for the gradients in shared memory; they are summed by messages, which takes longer"
+            )
         self._sum = MessageSum(
             self.comm, self._buffer, self._names, wire=self.wire, shard_by_shard=self.shards is not None
         )
@@ -425,11 +442,14 @@ class DataParallel:
             return
         common = node.allocate_common(buffer.data.size, buffer.data.dtype)
         if b"" in self.comm.allgather(b"" if common is None else b"shared"):
-            if self.comm.rank == 0:
-                what = "there is no shared memory for one copy of the parameters; each rank keeps its own"
-                print(f"distprop: {what}", file=sys.stderr, flush=True)
+            self._say("there is no shared memory for one copy of the parameters; each rank keeps its own")
         elif common is not None:
             buffer.share(node, common)
+
+    def _say(self, what: str) -> None:
+        """For all ranks."""
+        if self.comm.rank == 0:
+            print(f"distprop: {what}", file=sys.stderr, flush=True)
 
     def _broadcast(self) -> None:
         self.comm.broadcast(self._buffer.data)

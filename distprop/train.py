@@ -450,6 +450,7 @@ class Trainer:
             "epochs": epochs,
             "steps": steps,
             "deterministic": self.shards is not None,
+            "reduction": self.parallel.reduction,
             "clip_norm": self.clip_norm,
             **self._identity(),
         }

@@ -56,6 +56,25 @@ def test_world_is_the_default():
     F.mse_loss(parallel(rows(2)[0]), rows(2)[1]).backward()
 
 
+def test_it_says_how_gradients_are_summed(capsys):
+    def how(comm, **options):
+        return DataParallel(make_model(), comm, **options).reduction
+
+    def cramped(comm):
+        comm.node.allocate = lambda *arguments: None
+        return how(comm)
+
+    assert how(SoloCommunicator()) == "nothing to sum"
+    assert run_threads(2, how) == ["one message"] * 2
+    assert run_threads(2, lambda comm: how(comm, wire="bf16")) == ["one message, bf16"] * 2
+    assert run_threads(2, how, share_memory=True) == ["shared memory"] * 2
+    shared = run_threads(3, lambda comm: how(comm, shards=4), share_memory=True)
+    assert shared == ["shared memory, a fixed tree of 4 shards"] * 3
+    assert capsys.readouterr().err == ""
+    assert run_threads(2, cramped, share_memory=True) == ["one message"] * 2
+    assert capsys.readouterr().err.count("no room for the gradients in shared memory; they are summed by messages") == 1
+
+
 def test_a_parameter_without_gradient_is_named_once_by_rank_0():
     def three_steps(comm):
         case = CASES["a_parameter_without_gradient"]

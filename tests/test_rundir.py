@@ -37,6 +37,7 @@ def test_a_run_says_what_it_was_and_how_it_ended(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     (session,) = run.sessions
     assert (session["ranks"], len(session["hosts"]), session["from_step"]) == (3, 3, 0)
+    assert session["reduction"] == "one message"
     assert (session["batch_size"], session["clip_norm"], session["optimizer"]) == (8, 2.0, "SGD")
     assert session["parameters"] == 4 * 6 + 6 + 6 * 3 + 3
     assert session["environment"].keys() >= {"distprop", "python", "numpy", "blas", "mpi", "command"}

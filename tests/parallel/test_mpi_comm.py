@@ -8,6 +8,8 @@ import pytest
 from communicator_suite import suite
 from distprop.comm import mpi, node, world
 from distprop.comm.recorder import here
+from distprop.nn import Linear
+from distprop.parallel import DataParallel
 
 pytestmark = pytest.mark.mpi
 
@@ -68,6 +70,14 @@ def test_without_shared_memory_the_library_sums(monkeypatch, tmp_path):
     comm = mpi.MPICommunicator()
     assert comm.node.arrays(comm.allocate(10, np.float32)) is None
     suite.run_all(comm)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_how_gradients_are_summed_follows_from_the_nodes():
+    across = mpi.MPICommunicator(ranks_per_node=2)
+    assert DataParallel(Linear(2, 1), across).reduction == "shared memory on each node, one message between nodes"
+    assert DataParallel(Linear(2, 1), across, shards=4).reduction == "one message, a fixed tree of 4 shards"
+    assert DataParallel(Linear(2, 1), mpi.MPICommunicator(ranks_per_node=1)).reduction == "one message"
 
 
 @pytest.mark.mpi(min_size=2)
