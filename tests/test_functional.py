@@ -6,6 +6,7 @@ computed for an input that needs none, a parameter's gradient lands in its place
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from distprop import functional as F
-from distprop import random
+from distprop import nn, random
 from distprop.buffer import FlatBuffer
 from distprop.tensor import Parameter, Tensor
 from distprop.testing import check_grads
@@ -557,6 +558,22 @@ def test_silu_is_accurate_to_a_rounding_of_its_input():
 def test_softmax_names_a_dim_that_is_not_there(function):
     with pytest.raises(IndexError, match=rf"^{function.__name__} got dim 5, .* out of range for shape \(2, 3\)"):
         function(np.ones((2, 3)), 5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax_without_dim_is_pytorchs_where_no_other_axis_can_be_meant(name, rng, torch):
+    function, module = getattr(F, name), {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}[name]()
+    for shape in ((5,), (3, 4)):
+        x = rng.normal(size=shape)
+        with pytest.warns(UserWarning, match="Implicit dimension choice"):
+            expected = getattr(torch.nn.functional, name)(torch.tensor(x)).numpy()
+        assert_close(function(x).data, expected, 1e-14)
+        assert_close(module(x).data, expected, 1e-14)
+    for shape in ((), (2, 3, 4), (2, 3, 4, 5)):
+        message = rf"^{name} got x of shape {re.escape(str(shape))} and no dim; name the axis"
+        for without_dim in (function, module):
+            with pytest.raises(ValueError, match=message):
+                without_dim(np.zeros(shape))
 
 
 def test_softmax_agrees_with_itself_however_large_the_scores():

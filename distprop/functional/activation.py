@@ -158,8 +158,14 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Tens
     return pointwise(_float("softplus", input), value, _times_slope, keep=True)
 
 
-def softmax(input: Operand, dim: int = -1) -> Tensor:
-    """p_i = e^(x_i) / Σ_j e^(x_j) along `dim`. Derivative: p (g − Σ_j g_j p_j)."""
+def softmax(input: Operand, dim: int | None = None) -> Tensor:
+    """p_i = e^(x_i) / Σ_j e^(x_j) along `dim`. Derivative: p (g − Σ_j g_j p_j).
+
+    Without `dim` it is the last of 1 or 2 axes.
+
+    Raises:
+        ValueError: `dim` is left out where there are not 1 or 2 axes; PyTorch takes the first or the second then.
+    """
 
     def value(x: Array, p: Array) -> None:
         largest = x.max(axis=1, keepdims=True)
@@ -174,11 +180,14 @@ def softmax(input: Operand, dim: int = -1) -> Tensor:
         out *= p
 
     x = _float("softmax", input)
-    return rowwise(x, valid_axis("softmax", dim, x.shape), value, derivative)
+    return rowwise(x, _named_axis("softmax", dim, x.shape), value, derivative)
 
 
-def log_softmax(input: Operand, dim: int = -1) -> Tensor:
-    """x − log Σ_j e^(x_j) along `dim`. Derivative: g − p Σ_j g_j, p = e/Σ_j e_j being the softmax."""
+def log_softmax(input: Operand, dim: int | None = None) -> Tensor:
+    """x − log Σ_j e^(x_j) along `dim`. Derivative: g − p Σ_j g_j, p = e/Σ_j e_j being the softmax.
+
+    Without `dim`, as for `softmax`.
+    """
 
     def value(x: Array, out: Array, e: Array | None) -> None:
         np.subtract(x, x.max(axis=1, keepdims=True), out=out)  # so that e^x does not overflow
@@ -189,7 +198,7 @@ def log_softmax(input: Operand, dim: int = -1) -> Tensor:
         np.subtract(g, out, out=out)
 
     x = _float("log_softmax", input)
-    return rowwise(x, valid_axis("log_softmax", dim, x.shape), value, derivative, keep=True)
+    return rowwise(x, _named_axis("log_softmax", dim, x.shape), value, derivative, keep=True)
 
 
 def log1p_of(u: Array) -> Array:
@@ -212,6 +221,13 @@ def _positive(x: Array) -> Array:
 def _times_slope(g: Array, slope: Array, y: Array, out: Array) -> None:
     """The derivative of operations that keep dy/dx: cheaper than computing it again from x."""
     np.multiply(g, slope, out=out)
+
+
+def _named_axis(operation: str, dim: int | None, shape: tuple[int, ...]) -> int:
+    """`dim`, or the last axis where nothing else can be meant."""
+    if dim is None and len(shape) not in (1, 2):
+        raise ValueError(f"{operation} got x of shape {shape} and no dim; name the axis, such as dim=-1 for the last")
+    return valid_axis(operation, -1 if dim is None else dim, shape)
 
 
 def _float(operation: str, input: Operand) -> Tensor:

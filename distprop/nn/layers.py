@@ -129,9 +129,9 @@ class Softplus(Module):
 
 
 class Softmax(Module):
-    """Softmax along `dim`."""
+    """Softmax along `dim`, which must be given unless x has 1 or 2 axes; then it is the last by default."""
 
-    def __init__(self, dim: int = -1) -> None:
+    def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
 
     def forward(self, x: Operand) -> Tensor:
@@ -140,9 +140,9 @@ class Softmax(Module):
 
 
 class LogSoftmax(Module):
-    """Logarithm of softmax along `dim`."""
+    """Logarithm of softmax along `dim`, which must be given unless x has 1 or 2 axes, as for `Softmax`."""
 
-    def __init__(self, dim: int = -1) -> None:
+    def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
 
     def forward(self, x: Operand) -> Tensor:
