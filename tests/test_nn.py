@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from distprop import data, functional, nn, optim
+from distprop import data, functional, manual_seed, nn, optim
 from distprop.nn import Module, Parameter, Sequential
 from distprop.tensor import Tensor
 
@@ -390,6 +390,26 @@ def test_layers_agree_with_pytorch_with_given_and_with_default_arguments(name, o
         ours = getattr(nn, name)(**arguments)(Tensor(x)).data
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("ReLU", ()), ("LeakyReLU", (0.2,)), ("ELU", (0.5,)), ("SiLU", ()), ("Dropout", (0.3,))]
+)
+def test_inplace_is_taken_where_pytorch_takes_it_and_leaves_the_input_alone(name, before, rng, torch):
+    assert getattr(torch.nn, name)(*before, True).inplace
+    x = Tensor(rng.normal(size=(30, 4)), requires_grad=True)
+    copy_of_x = x.data.copy()
+    results = []
+    for layer in (
+        getattr(nn, name)(*before),
+        getattr(nn, name)(*before, True),
+        getattr(nn, name)(*before, inplace=True),
+    ):
+        manual_seed(1)  # for the mask of dropout
+        results.append(layer(x).data)
+        np.testing.assert_array_equal(x.data, copy_of_x)
+        np.testing.assert_array_equal(results[-1], results[0])
+        assert "inplace" not in repr(layer)
 
 
 def test_linear_says_what_it_got():

@@ -75,7 +75,11 @@ def depth(quick: bool = False) -> Part:
     counts = (10, 50) if quick else (100, 300, 1000)
     steps = 5 if quick else 60
     rows, worst, steepest = [], 0.0, 0.0
-    for name, layer in (("Linear", [_tiny_linear]), ("Linear, ReLU", [_tiny_linear, nn.ReLU])):
+    layers: dict[str, list[Callable[[], nn.Module]]] = {
+        "Linear": [_tiny_linear],
+        "Linear, ReLU": [_tiny_linear, nn.ReLU],
+    }
+    for name, layer in layers.items():
         seconds = [_depth_seconds(layer, count, steps) for count in counts]
         more = (counts[-1] - counts[0]) * len(layer)
         grown, products = ((seconds[-1][i] - seconds[0][i]) / more for i in range(2))

@@ -1,4 +1,7 @@
-"""The fully connected layer, activations as modules, and the small ones between them."""
+"""The fully connected layer, activations as modules, and the small ones between them.
+
+`inplace` is there for programs that were written for PyTorch: no layer writes into its input, whatever it says.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ class Linear(Module):
 
 
 class ReLU(Module):
-    """max(x, 0)."""
+    """max(x, 0). `inplace` has no effect."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        self.inplace = inplace
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.relu`."""
@@ -60,10 +66,10 @@ class ReLU(Module):
 
 
 class LeakyReLU(Module):
-    """x where x > 0, else `negative_slope`·x."""
+    """x where x > 0, else `negative_slope`·x. `inplace` has no effect."""
 
-    def __init__(self, negative_slope: float = 0.01) -> None:
-        self.negative_slope = negative_slope
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
+        self.negative_slope, self.inplace = negative_slope, inplace
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.leaky_relu`."""
@@ -71,10 +77,10 @@ class LeakyReLU(Module):
 
 
 class ELU(Module):
-    """x where x > 0, else `alpha`·(e^x − 1)."""
+    """x where x > 0, else `alpha`·(e^x − 1). `inplace` has no effect."""
 
-    def __init__(self, alpha: float = 1.0) -> None:
-        self.alpha = alpha
+    def __init__(self, alpha: float = 1.0, inplace: bool = False) -> None:
+        self.alpha, self.inplace = alpha, inplace
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.elu`."""
@@ -94,7 +100,10 @@ class GELU(Module):
 
 
 class SiLU(Module):
-    """x σ(x)."""
+    """x σ(x). `inplace` has no effect."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        self.inplace = inplace
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.silu`."""
@@ -162,12 +171,12 @@ class Flatten(Module):
 
 
 class Dropout(Module):
-    """Zero each element with probability `p` while training; the identity in `eval()` mode."""
+    """Zero each element with probability `p` while training; the identity in `eval()` mode. `inplace` has no effect."""
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         if not 0 <= p <= 1:
             raise ValueError(f"Dropout needs a probability between 0 and 1, got {p}")
-        self.p = p
+        self.p, self.inplace = p, inplace
 
     def forward(self, x: Operand) -> Tensor:
         """See `functional.dropout`."""
