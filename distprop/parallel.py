@@ -31,7 +31,7 @@ from distprop.pace import Pace
 from distprop.replicas import compare_layout, compare_values
 from distprop.running import RunningStatistics
 from distprop.tape import Array, BackwardPass, gradients_needed, take_part
-from distprop.tensor import Parameter, Tensor
+from distprop.tensor import Parameter, Tensor, clear_gradients
 
 VERIFY_SECONDS = 5.0  # between two comparisons of the parameters, if `verify_every` reductions take longer
 
@@ -200,10 +200,15 @@ class DataParallel:
         with self._statistics.kept_back(examples, self._buffer.extra[: self._statistics.size]):
             return self.module(*args, **kwargs)
 
-    def zero_grad(self) -> None:
-        """Forget all gradients; the next backward pass overwrites them."""
-        for parameter in self._trained:
-            parameter.has_grad = False
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; the next backward pass overwrites them.
+
+        With `set_to_none` False they become zeros. To throw away passes made inside `no_sync()` like that, call this
+        and not the optimizer's or the module's: their examples must be forgotten as well.
+        """
+        clear_gradients(self._trained, set_to_none)
+        if not set_to_none:
+            self._examples, self._backwards, self._kept = 0.0, 0, None
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.

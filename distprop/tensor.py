@@ -7,7 +7,7 @@ The operations as coarse as a layer are in `distprop.functional`; the walk backw
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -559,6 +559,17 @@ class Parameter(Tensor):
 
     def __repr__(self) -> str:
         return f"Parameter{super().__repr__().removeprefix('tensor')}"
+
+
+def clear_gradients(parameters: Iterable[Parameter], set_to_none: bool) -> None:
+    """Forget the gradients, at no cost, or overwrite those that there are with zeros."""
+    if set_to_none:
+        for parameter in parameters:
+            parameter.has_grad = False
+    else:
+        for parameter in parameters:
+            if parameter.has_grad:
+                parameter.grad = 0
 
 
 def sigmoid_of(x: Array, out: Array | None = None) -> Array:

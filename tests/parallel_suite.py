@@ -325,6 +325,22 @@ def zero_grad_throws_away_what_was_accumulated(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def zero_grad_to_zeros_throws_away_what_was_accumulated(comm: Communicator) -> None:
+    mine, total = uneven(comm)
+    x, y = rows(total)
+    model = make_model()
+    parallel = DataParallel(model, comm)
+    F.mse_loss(parallel(x[mine]), y[mine]).backward()
+    with parallel.no_sync():
+        F.mse_loss(parallel(x[mine]) * 7, y[mine]).backward()
+    parallel.zero_grad(set_to_none=False)
+    assert not any(parameter.grad is None or parameter.grad.any() for parameter in model.parameters())
+    F.mse_loss(parallel(x[mine]), y[mine]).backward()
+    assert parallel.received["examples"] == total
+    assert_gradients(model, expected_gradients(x, y))
+
+
+@suite.scenario()
 def a_backward_pass_that_raised_leaves_no_trace_in_the_next_step(comm: Communicator) -> None:
     mine, total = uneven(comm)
     x, y = rows(total)

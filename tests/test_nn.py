@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+import distprop
 from distprop import data, functional, manual_seed, nn, optim
 from distprop.nn import Module, Parameter, Sequential
 from distprop.tensor import Tensor
@@ -298,6 +299,24 @@ def test_zero_grad_and_requires_grad():
     assert net.requires_grad_() is net
     net(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_leaves_none_or_zeros_as_pytorch_does(set_to_none, torch):
+    def gradients(library, ones, **options):
+        net = library.nn.Sequential(library.nn.Linear(2, 2), library.nn.Linear(2, 2))
+        net[0].requires_grad_(False)
+        optimizer = library.optim.SGD(net.parameters(), lr=0.1)
+        found = []
+        for owner in (net, optimizer):
+            net(ones).sum().backward()
+            owner.zero_grad(**options)
+            found += [None if p.grad is None else p.grad.tolist() for p in net.parameters()]
+        return found
+
+    ours = gradients(distprop, np.ones((1, 2), np.float32), set_to_none=set_to_none)
+    assert ours == gradients(torch, torch.ones(1, 2), set_to_none=set_to_none)
+    assert ours.count(None) == (8 if set_to_none else 4)
 
 
 def test_a_module_without_forward_says_so():

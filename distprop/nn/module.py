@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from distprop.tape import Array
-from distprop.tensor import Parameter
+from distprop.tensor import Parameter, clear_gradients
 
 
 class Module:
@@ -129,10 +129,9 @@ class Module:
         """The opposite of `train`."""
         return self.train(False)
 
-    def zero_grad(self) -> None:
-        """Forget all gradients; the next backward pass overwrites them."""
-        for parameter in self.parameters():
-            parameter.has_grad = False
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; the next backward pass overwrites them. With `set_to_none` False they become zeros."""
+        clear_gradients(self.parameters(), set_to_none)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Train the parameters here and below, or freeze them."""

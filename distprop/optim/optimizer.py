@@ -28,7 +28,7 @@ from distprop.optim.layout import (
 )
 from distprop.optim.state import key_problems, loaded_arrays, loaded_groups, own_state
 from distprop.tape import Array
-from distprop.tensor import Parameter
+from distprop.tensor import Parameter, clear_gradients
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -77,10 +77,12 @@ class Optimizer:
         lr = group["lr"]
         return float(lr(self.steps) if callable(lr) else lr)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients. Costs nothing: the next backward pass overwrites them."""
-        for parameter in self._members:
-            parameter.has_grad = False
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients. Costs nothing: the next backward pass overwrites them.
+
+        With `set_to_none` False they become zeros, which the next backward pass adds to.
+        """
+        clear_gradients(self._members, set_to_none)
 
     def step(self) -> None:
         """Update every parameter from its gradient.
