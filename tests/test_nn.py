@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -354,6 +355,41 @@ def test_sequential():
         Sequential(modules[0], functional.relu)
     many = Sequential(*(nn.Linear(1, 1) for _ in range(12)))
     assert [name for name, _ in many.named_parameters()][::2] == [f"{i}.weight" for i in range(12)]
+
+
+def test_a_sequential_of_names_its_slices_and_what_is_appended_are_pytorchs(torch):
+    def build(library):
+        parts = OrderedDict(conv=library.Linear(2, 3), act=library.ReLU())
+        parts["2"] = library.Linear(3, 4)
+        named = library.Sequential(parts).append(library.Linear(4, 5))
+        plain = library.Sequential(*named, library.Tanh())
+        return [named, named[1:], named[:1], named[::2], named[1:1], plain[1:3], plain[-2:], plain[:2].append(plain[2])]
+
+    for ours, theirs in zip(build(nn), build(torch.nn), strict=True):
+        assert isinstance(ours, Sequential)
+        assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()]
+        assert {k: v.shape for k, v in ours.state_dict().items()} == {
+            k: tuple(v.shape) for k, v in theirs.state_dict().items()
+        }
+
+
+def test_the_parts_of_a_sequential_are_the_same_modules():
+    first, second, third = nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)
+    model = Sequential({"first": first, "second": second})
+    assert model.first is first
+    assert list(model.append(third)) == [first, second, third]
+    assert list(model[1:]) == [second, third]
+    assert list(model[1:].append(first)) == [second, third, first]  # "2" is taken, so it becomes "3"
+    x = np.ones((4, 2), np.float32)
+    np.testing.assert_array_equal(model(x).data, model[1:](model[:1](x)).data)
+    for name in ("a.b", "", "forward", "training"):
+        with pytest.raises(ValueError, match=f"Sequential got a module named '{name}'; a name has no dot"):
+            Sequential({name: first})
+    with pytest.raises(TypeError, match="argument act is a function"):
+        Sequential({"first": first, "act": functional.relu})
+    with pytest.raises(TypeError, match="argument 3 is a function"):
+        model.append(functional.relu)
+    assert len(model) == 3
 
 
 def test_repr_shows_the_structure():

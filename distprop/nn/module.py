@@ -7,6 +7,7 @@ in the order in which they were assigned.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any, Self, overload
 
 import numpy as np
@@ -190,19 +191,28 @@ class Module:
 
 
 class Sequential(Module):
-    """Modules one after the other; their names are "0", "1", and so on.
+    """Modules one after the other; their names are "0", "1", and so on, or those of a mapping that is given instead.
 
     >>> from distprop.nn import Linear, ReLU
     >>> model = Sequential(Linear(784, 100), ReLU(), Linear(100, 10))
     >>> [name for name, _ in model.named_parameters()]
     ['0.weight', '0.bias', '2.weight', '2.bias']
+    >>> [name for name, _ in Sequential({"hidden": model[0], "act": model[1]}).named_parameters()]
+    ['hidden.weight', 'hidden.bias']
+
+    A slice is a Sequential of the same modules under the same names, as in PyTorch: `model[1:]` has "1" and "2".
+
+    Raises:
+        TypeError: something that is no module.
+        ValueError: a name with a dot, an empty one, or that of an attribute such as "forward".
     """
 
-    def __init__(self, *modules: Module) -> None:
-        for number, module in enumerate(modules):
-            if not isinstance(module, Module):
-                raise TypeError(f"Sequential takes modules; argument {number} is a {type(module).__name__}")
-            vars(self)[str(number)] = module
+    def __init__(self, *modules: Module | Mapping[str, Module]) -> None:
+        named: Mapping[str, Any] = {str(number): module for number, module in enumerate(modules)}
+        if len(modules) == 1 and isinstance(modules[0], Mapping):
+            named = modules[0]
+        for name, module in named.items():
+            self._add(name, module)
 
     def forward(self, x: Any) -> Any:
         """Each module's output is the next one's input."""
@@ -210,14 +220,34 @@ class Sequential(Module):
             x = module(x)
         return x
 
+    def append(self, module: Module) -> Self:
+        """One more at the end, named by the number of those before it, or the next number that is free."""
+        self._add(next(name for number in count(len(self)) if (name := str(number)) not in vars(self)), module)
+        return self
+
     def __len__(self) -> int:
         return sum(1 for _ in self.children())
 
     def __iter__(self) -> Iterator[Module]:
         return self.children()
 
-    def __getitem__(self, index: int) -> Module:
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+
+    def __getitem__(self, index: int | slice) -> Module:
+        if isinstance(index, slice):
+            return Sequential(dict(list(self.named_children())[index]))
         return list(self.children())[index]
+
+    def _add(self, name: str, module: Any) -> None:
+        if not isinstance(module, Module):
+            raise TypeError(f"Sequential takes modules; argument {name} is a {type(module).__name__}")
+        if not name or "." in name or hasattr(type(self), name):
+            raise ValueError(f"Sequential got a module named {name!r}; a name has no dot and is not an attribute's")
+        vars(self)[name] = module
 
 
 class ModuleList(Module):
