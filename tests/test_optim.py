@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+import distprop
 from distprop import nn, optim
 from distprop.buffer import FlatBuffer
 from distprop.optim import SGD, clip_grad_norm_, clip_grad_value_, schedule
@@ -259,6 +260,23 @@ def test_bad_parameters_are_refused():
             SGD(wrong, lr=0.1)
     with pytest.raises(TypeError, match="unknown option momentun; there are lr, momentum"):
         SGD([{"params": [p], "momentun": 0.9}], lr=0.1)
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_parameters_may_come_with_their_names_as_in_pytorch(in_groups, torch):
+    def after_a_step(library):
+        model = library.nn.Sequential(library.nn.Linear(2, 3), library.nn.Linear(3, 1))
+        named = list(model.named_parameters())
+        groups = [{"params": iter(named[:2]), "lr": 0.5}, {"params": named[2:]}]
+        optimizer = library.optim.SGD(groups if in_groups else model.named_parameters(), lr=0.25)
+        for value, (_, p) in enumerate(named):
+            p.data[...] = 1
+            p.grad = value * torch.ones(p.shape) if library is torch else value
+        optimizer.step()
+        shapes = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
+        return shapes, [p.data.tolist() for _, p in named]
+
+    assert after_a_step(distprop) == after_a_step(torch)
 
 
 def test_parameters_of_two_dtypes_are_refused_at_the_first_step():

@@ -9,7 +9,7 @@ from distprop.nn.module import Module
 from distprop.nn.norm import LayerNorm, RMSNorm
 from distprop.tensor import Parameter
 
-ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[Mapping[str, Any]]
+ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[tuple[str, Parameter]] | Iterable[Mapping[str, Any]]
 
 
 @runtime_checkable
@@ -61,9 +61,9 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
     """
     given: list[Any] = list(params)
     if given and all(isinstance(item, Mapping) for item in given):
-        groups = [{**defaults, **group, "params": tuple(group["params"])} for group in given]
+        groups = [{**defaults, **group, "params": _without_names(group["params"])} for group in given]
     else:
-        groups = [{**defaults, "params": tuple(given)}]
+        groups = [{**defaults, "params": _without_names(given)}]
     seen: set[int] = set()
     for group in groups:
         if unknown := set(group) - set(defaults) - {"params"}:
@@ -82,3 +82,8 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
                 raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
             seen.add(id(parameter))
     return groups
+
+
+def _without_names(params: Iterable[Any]) -> tuple[Any, ...]:
+    """The parameters where pairs of a name and a parameter are given, as by `named_parameters()`."""
+    return tuple(item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params)

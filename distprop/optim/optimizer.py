@@ -36,8 +36,10 @@ Schedule: TypeAlias = Callable[[int], float]
 class Optimizer:
     """Base of all optimizers.
 
-    `params` are parameters, or PyTorch's parameter groups: dictionaries with "params" and options that differ from the
-    defaults. A learning rate is a number or a schedule, a function of the step (0 for the first).
+    `params` are parameters, pairs of a name and a parameter as of `named_parameters()`, or PyTorch's parameter groups:
+    dictionaries with such "params" and options that differ from the defaults. Unlike in PyTorch, an option that the
+    optimizer does not have is an error, or a misspelt one would go unnoticed. A learning rate is a number or a
+    schedule, a function of the step (0 for the first).
 
     A parameter without a gradient this step counts as having a zero one, so that the update does not depend on which
     rank saw what (PyTorch skips it). One with `requires_grad` False is left alone, and its count of updates stands.
