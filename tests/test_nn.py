@@ -1,6 +1,7 @@
 """Modules and layers: names and order as in PyTorch, saving and loading, modes, and what the errors say."""
 
 import copy
+import inspect
 import pickle
 from collections import OrderedDict
 
@@ -465,6 +466,36 @@ def test_inplace_is_taken_where_pytorch_takes_it_and_leaves_the_input_alone(name
         np.testing.assert_array_equal(x.data, copy_of_x)
         np.testing.assert_array_equal(results[-1], results[0])
         assert "inplace" not in repr(layer)
+
+
+# Where the names of arguments are others than PyTorch's, and why.
+OTHER_ARGUMENTS = {
+    "ConvTranspose2d.forward": "no output_size; output_padding says the same",
+    "Embedding.__init__": "no max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze",
+    "GRU.__init__": "PyTorch's is written as *args, **kwargs",
+    "LSTM.__init__": "PyTorch's is written as *args, **kwargs",
+    "MaxPool2d.__init__": "no return_indices",
+    "ModuleList.forward": "computes nothing",
+    "Module.forward": "a subclass defines it",
+    "RNN.__init__": "PyTorch's is written as *args, **kwargs",
+    "Sequential.__init__": "only positional",
+    "SyncBatchNorm.__init__": "comm in place of process_group",
+}
+
+
+def test_the_arguments_have_pytorchs_names(torch):
+    def names(library, layer, method):
+        parameters = inspect.signature(getattr(getattr(library, layer), method)).parameters
+        return [name for name in parameters if name not in ("device", "dtype")]
+
+    layers = [name for name in nn.__all__ if isinstance(kind := getattr(nn, name), type) and issubclass(kind, Module)]
+    found = {
+        f"{layer}.{method}"
+        for layer in layers
+        for method in ("__init__", "forward")
+        if names(nn, layer, method) != names(torch.nn, layer, method)
+    }
+    assert found == set(OTHER_ARGUMENTS)
 
 
 def test_linear_says_what_it_got():

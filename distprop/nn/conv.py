@@ -50,13 +50,13 @@ class _Convolution(Module):
             (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
         )
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
-        _check_input(self, x)
+        _check_input(self, input)
         padding: Size | str = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._margins(), self.padding_mode), 0
-        return self._operation(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            input, padding = F.pad(input, self._margins(), self.padding_mode), 0
+        return self._operation(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -142,11 +142,11 @@ class ConvTranspose2d(Module):
             (in_channels, out_channels // groups, *self.kernel_size), out_channels, bias, dtype
         )
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
-        _check_input(self, x)
+        _check_input(self, input)
         return F.conv_transpose2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
     def extra_repr(self) -> str:

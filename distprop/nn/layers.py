@@ -36,12 +36,12 @@ class Linear(Module):
             bound = 1 / math.sqrt(in_features)
             self.bias = init.uniform_(Parameter(np.empty(out_features, dtype)), -bound, bound)
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
         try:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
         except ValueError as error:
-            shape = as_tensor(x).shape
+            shape = as_tensor(input).shape
             if shape[-1:] == (self.in_features,):
                 raise
             raise ValueError(
@@ -60,9 +60,9 @@ class ReLU(Module):
     def __init__(self, inplace: bool = False) -> None:
         self.inplace = inplace
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.relu`."""
-        return F.relu(x)
+        return F.relu(input)
 
 
 class LeakyReLU(Module):
@@ -71,9 +71,9 @@ class LeakyReLU(Module):
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
         self.negative_slope, self.inplace = negative_slope, inplace
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.leaky_relu`."""
-        return F.leaky_relu(x, self.negative_slope)
+        return F.leaky_relu(input, self.negative_slope)
 
 
 class ELU(Module):
@@ -82,9 +82,9 @@ class ELU(Module):
     def __init__(self, alpha: float = 1.0, inplace: bool = False) -> None:
         self.alpha, self.inplace = alpha, inplace
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.elu`."""
-        return F.elu(x, self.alpha)
+        return F.elu(input, self.alpha)
 
 
 class GELU(Module):
@@ -94,9 +94,9 @@ class GELU(Module):
         check_approximation("GELU", approximate)
         self.approximate = approximate
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.gelu`."""
-        return F.gelu(x, self.approximate)
+        return F.gelu(input, self.approximate)
 
 
 class SiLU(Module):
@@ -105,25 +105,25 @@ class SiLU(Module):
     def __init__(self, inplace: bool = False) -> None:
         self.inplace = inplace
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.silu`."""
-        return F.silu(x)
+        return F.silu(input)
 
 
 class Sigmoid(Module):
     """1/(1 + e^−x)."""
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.sigmoid`."""
-        return F.sigmoid(x)
+        return F.sigmoid(input)
 
 
 class Tanh(Module):
     """Hyperbolic tangent."""
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.tanh`."""
-        return F.tanh(x)
+        return F.tanh(input)
 
 
 class Softplus(Module):
@@ -132,9 +132,9 @@ class Softplus(Module):
     def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
         self.beta, self.threshold = beta, threshold
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.softplus`."""
-        return F.softplus(x, self.beta, self.threshold)
+        return F.softplus(input, self.beta, self.threshold)
 
 
 class Softmax(Module):
@@ -143,9 +143,9 @@ class Softmax(Module):
     def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.softmax`."""
-        return F.softmax(x, self.dim)
+        return F.softmax(input, self.dim)
 
 
 class LogSoftmax(Module):
@@ -154,9 +154,9 @@ class LogSoftmax(Module):
     def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.log_softmax`."""
-        return F.log_softmax(x, self.dim)
+        return F.log_softmax(input, self.dim)
 
 
 class Flatten(Module):
@@ -165,9 +165,9 @@ class Flatten(Module):
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
         self.start_dim, self.end_dim = start_dim, end_dim
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """The same values with fewer axes."""
-        return as_tensor(x).flatten(self.start_dim, self.end_dim)
+        return as_tensor(input).flatten(self.start_dim, self.end_dim)
 
 
 class Dropout(Module):
@@ -178,9 +178,9 @@ class Dropout(Module):
             raise ValueError(f"Dropout needs a probability between 0 and 1, got {p}")
         self.p, self.inplace = p, inplace
 
-    def forward(self, x: Operand) -> Tensor:
+    def forward(self, input: Operand) -> Tensor:
         """See `functional.dropout`."""
-        return F.dropout(x, self.p, self.training)
+        return F.dropout(input, self.p, self.training)
 
     def extra_repr(self) -> str:
         """The argument."""
@@ -190,6 +190,6 @@ class Dropout(Module):
 class Identity(Module):
     """The input, unchanged."""
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The input."""
-        return x
+        return input

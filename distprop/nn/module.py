@@ -214,11 +214,11 @@ class Sequential(Module):
         for name, module in named.items():
             self._add(name, module)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """Each module's output is the next one's input."""
         for module in self.children():
-            x = module(x)
-        return x
+            input = module(input)
+        return input
 
     def append(self, module: Module) -> Self:
         """One more at the end, named by the number of those before it, or the next number that is free."""

@@ -135,10 +135,11 @@ class _Recurrent(Module):
 class RNN(_Recurrent):
     """h_t = tanh(W_ih x_t + b_ih + W_hh h_{t−1} + b_hh), or relu: Elman's network, in `num_layers` layers.
 
-    `rnn(x, h0=None)` gives `(output, h_n)`. x is `(steps, batch, input_size)`, or with `batch_first`
+    `rnn(input, hx=None)` gives `(output, h_n)`. The input x is `(steps, batch, input_size)`, or with `batch_first`
     `(batch, steps, input_size)`, or `(steps, input_size)` for a single sequence. The output has the last layer's h of
-    every step in x's layout, forward and backward side by side: `hidden_size · directions` features. h0 and h_n are
-    `(num_layers · directions, batch, hidden_size)`, in this order also with `batch_first`; h0 is zero if not given.
+    every step in x's layout, forward and backward side by side: `hidden_size · directions` features. hx, the h before
+    the first step, and h_n are `(num_layers · directions, batch, hidden_size)`, in this order also with `batch_first`;
+    hx is zero if not given.
 
     Use `batch_first=True` with `DataParallel` and `Trainer`: they take the leading axis of the first argument as the
     number of examples, and a `Loader` deals out rows.
@@ -174,9 +175,9 @@ class RNN(_Recurrent):
         self.nonlinearity = nonlinearity
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, dtype=dtype)
 
-    def forward(self, x: Operand, state: Operand | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Operand, hx: Operand | None = None) -> tuple[Tensor, Tensor]:
         """`(output, h_n)`."""
-        output, (h,) = self._run(x, None if state is None else (state,))
+        output, (h,) = self._run(input, None if hx is None else (hx,))
         return output, h
 
     def _one(self, x: Tensor, states: Sequence[Tensor], weights: list[Tensor], reverse: bool) -> tuple[Tensor, ...]:
@@ -192,9 +193,9 @@ class RNN(_Recurrent):
 class LSTM(_Recurrent):
     """Long short-term memory, in `num_layers` layers; see `functional.lstm` for the formulas.
 
-    `lstm(x, (h0, c0)=None)` gives `(output, (h_n, c_n))`; c has h's shape. Shapes, `batch_first`, `dropout` and names
-    are as for `RNN`; the weights have 4 · hidden_size rows, for the gates i, f, g, o. For truncated backpropagation
-    through time pass on `(h_n.detach(), c_n.detach())`.
+    `lstm(input, hx=None)` gives `(output, (h_n, c_n))`; hx is a pair `(h, c)`, and c has h's shape. Shapes,
+    `batch_first`, `dropout` and names are as for `RNN`; the weights have 4 · hidden_size rows, for the gates i, f, g,
+    o. For truncated backpropagation through time pass on `(h_n.detach(), c_n.detach())`.
 
     Raises:
         ValueError: a size below 1, or an x or a state of another shape.
@@ -204,11 +205,11 @@ class LSTM(_Recurrent):
     gates = 4
     state_names = ("h", "c")
 
-    def forward(self, x: Operand, state: CellState | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, input: Operand, hx: CellState | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """`(output, (h_n, c_n))`."""
-        if state is not None and (not isinstance(state, tuple | list) or len(state) != 2):
-            raise TypeError(f"LSTM takes its state as a pair (h, c), got {_described(state)}")
-        output, (h, c) = self._run(x, state)
+        if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 2):
+            raise TypeError(f"LSTM takes its state as a pair (h, c), got {_described(hx)}")
+        output, (h, c) = self._run(input, hx)
         return output, (h, c)
 
     def _one(self, x: Tensor, states: Sequence[Tensor], weights: list[Tensor], reverse: bool) -> tuple[Tensor, ...]:
@@ -219,8 +220,8 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """Gated recurrent units, in `num_layers` layers; see `functional.gru` for the formulas.
 
-    `gru(x, h0=None)` gives `(output, h_n)`. Shapes, `batch_first`, `dropout` and names are as for `RNN`; the weights
-    have 3 · hidden_size rows, for the gates r, z, n.
+    `gru(input, hx=None)` gives `(output, h_n)`. Shapes, `batch_first`, `dropout` and names are as for `RNN`; the
+    weights have 3 · hidden_size rows, for the gates r, z, n.
 
     Raises:
         ValueError: a size below 1, or an x or a state of another shape.
@@ -228,9 +229,9 @@ class GRU(_Recurrent):
 
     gates = 3
 
-    def forward(self, x: Operand, state: Operand | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Operand, hx: Operand | None = None) -> tuple[Tensor, Tensor]:
         """`(output, h_n)`."""
-        output, (h,) = self._run(x, None if state is None else (state,))
+        output, (h,) = self._run(input, None if hx is None else (hx,))
         return output, h
 
     def _one(self, x: Tensor, states: Sequence[Tensor], weights: list[Tensor], reverse: bool) -> tuple[Tensor, ...]:
