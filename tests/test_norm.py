@@ -399,6 +399,19 @@ def test_layers_are_pytorchs(name, arguments, options, shape, torch, rng):
     np.testing.assert_allclose(ours(x).data, theirs(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [np.prod((2, 2)), [np.int32(2), np.int64(4)], np.array([2, 4])], ids=repr)
+def test_the_axes_to_normalise_may_be_given_as_integers_of_numpy(shape, rng):
+    plain = np.array(shape).tolist()
+    x = rng.normal(size=(3, 2, 4))
+    for layer, function in ((nn.LayerNorm, F.layer_norm), (nn.RMSNorm, F.rms_norm)):
+        made, expected = layer(shape, dtype=np.float64), layer(plain, dtype=np.float64)
+        assert repr(made) == repr(expected)
+        np.testing.assert_array_equal(made(x).data, expected(x).data)
+        np.testing.assert_array_equal(function(x, shape).data, function(x, plain).data)
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            layer(2.0)
+
+
 # synchronised batch norm, apart from what all ranks make together
 
 

@@ -7,7 +7,9 @@ that stay in the cache. `distprop.functional.group_norm` does the same for group
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -149,8 +151,14 @@ def _blocks(rows: Array) -> Iterator[slice]:
 def _row_length(
     operation: str, x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> int:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = lengths(normalized_shape)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{operation} over the last axes {shape} got x of shape {x.shape}; it must end in {shape}")
     check_affine(operation, x, shape, weight, bias)
     return math.prod(shape)
+
+
+def lengths(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """One length or several, also NumPy's integers, as Python's."""
+    several: Any = normalized_shape if np.ndim(normalized_shape) else (normalized_shape,)
+    return tuple(operator.index(length) for length in several)

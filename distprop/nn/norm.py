@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from distprop import functional as F
 from distprop.comm import Communicator, world
+from distprop.functional.norm import lengths
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
 
@@ -260,7 +261,7 @@ class GroupNorm(Module):
 
 
 def _shape(layer: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = lengths(normalized_shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"{layer} needs axes of at least one entry each, got {shape}")
     return shape
