@@ -24,7 +24,7 @@ from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
 from distprop.message_sum import MessageSum
-from distprop.nn.module import Module
+from distprop.nn.module import IncompatibleKeys, Module
 from distprop.nn.norm import SyncBatchNorm
 from distprop.nn.watch import parts_of
 from distprop.pace import Pace
@@ -269,9 +269,9 @@ class DataParallel:
         """The module's state, without a prefix."""
         return self.module.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Load on every rank; each must load the same."""
-        self.module.load_state_dict(state, strict)
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Load on every rank; each must load the same. Returns what `Module.load_state_dict` does."""
+        return self.module.load_state_dict(state, strict)
 
     def train(self, mode: bool = True) -> None:
         """Switch the module to training."""

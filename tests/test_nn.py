@@ -10,7 +10,9 @@ import pytest
 
 import distprop
 from distprop import data, functional, manual_seed, nn, optim
+from distprop.comm import SoloCommunicator
 from distprop.nn import Module, Parameter, Sequential
+from distprop.parallel import DataParallel
 from distprop.tensor import Tensor
 
 
@@ -209,6 +211,19 @@ def test_loading_part_of_a_state():
     with pytest.raises(ValueError, match=r"offset: shape \(2,\), expected \(1,\)"):
         net.load_state_dict({"offset": [5.0, 6.0], "count": 3}, strict=False)
     assert net.count == 0
+
+
+def test_loading_returns_the_names_that_do_not_fit_as_pytorch_does(torch_net, torch):
+    net = Net()
+    for without in (None, "first.scale", "second.outer.0.weight"):
+        state = {name: value for name, value in torch_net.state_dict().items() if name != without}
+        extra = {"else.where": torch.zeros(1), "stray": torch.zeros(1)} if without else {}
+        theirs = torch_net.load_state_dict(state | extra, strict=without is None)
+        for loads in (net, DataParallel(net, SoloCommunicator())):
+            ours = loads.load_state_dict({k: v.numpy() for k, v in (state | extra).items()}, strict=without is None)
+            assert ours == theirs
+            assert ours.missing_keys == theirs.missing_keys == ([without] if without else [])
+            assert ours.unexpected_keys == theirs.unexpected_keys == list(extra)
 
 
 def test_loading_converts_to_the_dtype_of_the_model():

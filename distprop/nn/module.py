@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
-from typing import Any, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from distprop.tape import Array
 from distprop.tensor import Parameter, clear_gradients
+
+
+class IncompatibleKeys(NamedTuple):
+    """The names that `load_state_dict` has passed over: of the model alone, and of the state alone."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class Module:
@@ -94,8 +101,8 @@ class Module:
             state.update((_join(prefix, name), module._buffer(name)) for name in module._buffer_names)
         return state
 
-    def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> None:
-        """Copy values by name. With `strict` False, missing and unexpected names are passed over.
+    def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
+        """Copy values by name. With `strict` False, missing and unexpected names are passed over and returned.
 
         Raises:
             ValueError: names that are missing or unexpected, or shapes that differ; lists them all. Nothing has been
@@ -111,14 +118,16 @@ class Module:
             for name, value in own.items()
             if name in arrays and arrays[name].shape != value.shape
         ]
+        keys = IncompatibleKeys([n for n in own if n not in arrays], [n for n in arrays if n not in own])
         if strict:
-            problems += [f"{name}: missing" for name in own if name not in arrays]
-            problems += [_unexpected(name, own) for name in arrays if name not in own]
+            problems += [f"{name}: missing" for name in keys.missing_keys]
+            problems += [_unexpected(name, own) for name in keys.unexpected_keys]
         if problems:
             raise ValueError(f"the state does not fit this {type(self).__name__}:\n  " + "\n  ".join(problems))
         for name, value in own.items():
             if name in arrays:
                 value[...] = arrays[name]
+        return keys
 
     def train(self, mode: bool = True) -> Self:
         """Switch dropout and batch statistics on (or off) here and below."""
