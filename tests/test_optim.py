@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -401,15 +402,20 @@ def test_one_cycle_rises_for_a_share_of_the_steps():
 # clipping
 
 
+NORMS = [2.0, 1, math.inf, "inf", 3.0, 0.5]
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("max_norm", [0.5, 10.0, 1e6])
-def test_clipping_the_norm_is_pytorchs(max_norm, dtype, rng, torch):
-    ours, theirs = pairs(torch, dtype, [(4, 3), (5,), (), (2,)])
+def test_clipping_the_norm_is_pytorchs(max_norm, dtype, norm_type, rng, torch):
+    long = (200, 170) if dtype == np.float64 else (4, 3)  # PyTorch's sums of so many powers in float32 are not precise
+    ours, theirs = pairs(torch, dtype, [long, (5,), (), (2,)])
     give_gradients(rng, ours[:3], theirs[:3], torch)  # the last has none
     for p, q in zip(ours[:3], theirs[:3], strict=True):
         p.grad, q.grad = p.grad * 3, q.grad * 3
-    norm = clip_grad_norm_(iter(ours), max_norm)
-    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    norm = clip_grad_norm_(iter(ours), max_norm, norm_type)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)
     tolerance = 1e-12 if dtype == np.float64 else 1e-6
     assert isinstance(norm, float)
     assert norm == pytest.approx(expected.item(), rel=tolerance)
@@ -454,16 +460,61 @@ def test_a_norm_that_float32_cannot_square_and_one_that_is_not_finite():
     np.testing.assert_allclose(p.grad, [3, 4], rtol=1e-5)
     p.grad = [3e-25, 4e-25]
     assert clip_grad_norm_([p], 5.0) == pytest.approx(5e-25, rel=1e-6, abs=0)
+    for power in (1, 3, math.inf):
+        p.grad = [3e25, -4e25]
+        expected = max(3, 4) if power == math.inf else (3**power + 4**power) ** (1 / power)
+        assert clip_grad_norm_([p], 5e25, power) == pytest.approx(expected * 1e25, rel=1e-6)
     for bad in (np.inf, np.nan):
         p.grad = [bad, 1]
         assert not math.isfinite(clip_grad_norm_([p], 1.0))
         assert p.grad[1] == 1
 
 
-def test_limits_must_be_positive():
-    for bad in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="max_norm must be more than 0"):
+def test_limits_must_not_be_negative_and_a_norm_must_be_one():
+    for bad in (-1, float("nan")):
+        with pytest.raises(ValueError, match="max_norm must be 0 or more"):
             clip_grad_norm_([], bad)
-        with pytest.raises(ValueError, match="clip_value must be more than 0"):
+        with pytest.raises(ValueError, match="clip_value must be 0 or more"):
             clip_grad_value_([], bad)
-    assert clip_grad_norm_([], 1.0) == 0
+    for bad in (0, -1, float("nan"), -math.inf):
+        with pytest.raises(ValueError, match="norm_type must be more than 0"):
+            clip_grad_norm_([], 1.0, bad)
+    for norm_type in NORMS:
+        assert clip_grad_norm_([], 1.0, norm_type) == 0
+
+
+def test_limits_of_0_leave_nothing_as_in_pytorch(rng, torch):
+    for clip in (lambda library, p: library.clip_grad_norm_(p, 0.0), lambda library, p: library.clip_grad_value_(p, 0)):
+        ours, theirs = pairs(torch, np.float64, [(4, 3), (5,)])
+        give_gradients(rng, ours, theirs, torch)
+        clip(optim, ours)
+        clip(torch.nn.utils, theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            assert not p.grad.any()
+            assert not q.grad.any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_a_norm_that_is_not_finite_is_an_error_where_one_is_wanted(norm_type, bad):
+    parameter = Parameter(np.ones(3))
+    parameter.grad = [1, bad, 2]
+    assert not math.isfinite(clip_grad_norm_([parameter], 1.0, norm_type))
+    with pytest.raises(RuntimeError, match=r"the norm of the gradients is (nan|inf), so they cannot be clipped"):
+        clip_grad_norm_([parameter], 1.0, norm_type, error_if_nonfinite=True)
+    np.testing.assert_array_equal(parameter.grad, [1, bad, 2])
+    parameter.grad = [1, 1, 2]
+    assert math.isfinite(clip_grad_norm_([parameter], 1.0, norm_type, error_if_nonfinite=True))
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_clipping_makes_no_temporary_of_the_gradients_size(norm_type):
+    parameter = Parameter(np.ones(5_000_000, np.float32))  # 20 MB
+    parameter.grad = 1
+    tracemalloc.start()
+    try:
+        clip_grad_norm_([parameter], 1.0, norm_type)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000
