@@ -404,6 +404,32 @@ def test_labels_of_any_integer_type(dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
+def test_the_loss_of_one_example_is_pytorchs(weight, reduction, rng, torch):
+    scores, label, ignored = rng.normal(size=3), np.array(2), np.array(-100)
+    cases = [("nll_loss", label, {}), ("nll_loss", ignored, {})]
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing}
+        cases += [("cross_entropy", target, options) for target in (label, ignored, np.array([0.2, 0.3, 0.5]))]
+    for name, target, options in cases:
+        if target is ignored and reduction == "mean":
+            continue  # 0 here and NaN in PyTorch, as for a batch
+        ours, theirs = Tensor(scores, requires_grad=True), torch.tensor(scores, requires_grad=True)
+        tensor_weight = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+        value = getattr(F, name)(ours, target, weight, reduction=reduction, **options)
+        function = getattr(torch.nn.functional, name)
+        expected = function(theirs, torch.tensor(target), tensor_weight, reduction=reduction, **options)
+        value.backward()
+        expected.backward()
+        assert value.shape == tuple(expected.shape)
+        assert_close(value.data, expected.detach().numpy(), 1e-14)
+        assert_close(ours.grad, theirs.grad.numpy(), 1e-14)
+    for loss in (F.cross_entropy, F.nll_loss):
+        with pytest.raises(ValueError, match=r"needs .* of shape \(batch, classes\), got \(3,\)"):
+            loss(scores, [2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_classes_that_are_impossible_do_not_spoil_the_others(torch, reduction):
     """Scores of −∞ mask classes out; 0 · −∞ must not turn the loss into nan."""
     scores = np.array([[1.0, -np.inf, 2.0], [0.5, 0.25, -np.inf], [1.0, 2.0, 3.0]])
@@ -445,7 +471,7 @@ def test_huge_scores_do_not_overflow():
         ((3, 4), [[0], [1], [2]], {}, ValueError, r"labels of shape \(3, 1\)"),
         ((3, 4), [0.0, 1.0, 2.0], {}, ValueError, r"target probabilities of shape \(3,\)"),
         ((3, 4), [True, False, True], {}, TypeError, r"integer class labels, got dtype bool"),
-        ((4,), 0, {}, ValueError, r"scores of shape \(batch, classes\), got \(4,\)"),
+        ((4,), [0], {}, ValueError, r"scores of shape \(batch, classes\), got \(4,\)"),
         ((3, 4), [0, 1, 2], {"label_smoothing": 1.5}, ValueError, r"label_smoothing is between 0 and 1, got 1.5"),
         ((3, 4), [0, 1, 2], {"weight": [1.0, 2.0]}, ValueError, r"each of the 4 classes, got shape \(2,\)"),
     ],
@@ -457,7 +483,7 @@ def test_cross_entropy_says_what_is_wrong(scores, target, options, error, messag
 
 def test_nll_loss_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(batch, classes\), got \(4,\)"):
-        F.nll_loss(np.zeros(4), 0)
+        F.nll_loss(np.zeros(4), [0])
     with pytest.raises(IndexError, match="nll_loss got label 3"):
         F.nll_loss(np.zeros((1, 3)), [3])
     with pytest.raises(TypeError, match="nll_loss needs integer class labels, got dtype float64"):

@@ -32,9 +32,9 @@ def cross_entropy(
     """−Σ_c q_c log p_c, p being the softmax of the scores `input` over the classes and q the target distribution.
 
     Shapes: scores `(batch, classes)` or `(batch, classes, ...)`; target either integer labels `(batch, ...)` or
-    probabilities of the scores' shape. `label_smoothing` ε replaces q by (1 − ε) q + ε/classes. `weight` `(classes,)`
-    weighs the classes; with labels the mean divides by the sum of their weights. Labels equal to `ignore_index` do
-    not count.
+    probabilities of the scores' shape. Scores `(classes,)` with one label, or probabilities, are a single example.
+    `label_smoothing` ε replaces q by (1 − ε) q + ε/classes. `weight` `(classes,)` weighs the classes; with labels the
+    mean divides by the sum of their weights. Labels equal to `ignore_index` do not count.
     Derivative: p Σ_c q_c − q: the softmax's derivative and the logarithm's cancel, which is why they are one operation.
 
     Raises:
@@ -43,6 +43,8 @@ def cross_entropy(
     """
     x, y = as_tensor(input), _constant("cross_entropy", target)
     floating("cross_entropy", x)
+    if x.ndim == 1 and y.shape == (x.shape if y.dtype.kind == "f" else ()):
+        return cross_entropy(x.reshape(1, -1), y[None], weight, ignore_index, reduction, label_smoothing).reshape(())
     if x.ndim < 2:
         raise ValueError(f"cross_entropy needs scores of shape (batch, classes), got {x.shape}")
     if not 0 <= label_smoothing <= 1:
@@ -81,10 +83,13 @@ def nll_loss(
 ) -> Tensor:
     """−w_y x_y: the negative log likelihood, given log probabilities `(batch, classes, ...)` and labels `(batch, ...)`.
 
+    Log probabilities `(classes,)` with one label are a single example.
     Derivative: −w_y at the label, 0 elsewhere.
     """
     x, y = as_tensor(input), as_tensor(target).data
     floating("nll_loss", x)
+    if x.ndim == 1 and y.ndim == 0:
+        return nll_loss(x.reshape(1, -1), y[None], weight, ignore_index, reduction).reshape(())
     if x.ndim < 2:
         raise ValueError(f"nll_loss needs log probabilities of shape (batch, classes), got {x.shape}")
     _check_labels("nll_loss", x, y, ignore_index)
