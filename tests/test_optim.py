@@ -25,6 +25,8 @@ ROWS = [
         for m, d, w, n in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True))
         if not (n and (m == 0 or d != 0))
     ],
+    ("SGD", {"lr": 0.1, "maximize": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "maximize": True}),
 ]
 IDS = [f"{name} {' '.join(f'{k}={v}' for k, v in options.items() if v)}" for name, options in ROWS]
 

@@ -79,16 +79,21 @@ PLAIN = {"LARS": PlainLARS, "LAMB": PlainLAMB}
 ROWS = [
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, 0.02),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}, 0.02),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "nesterov": True, "maximize": True}, 0.02),
     ("Adam", {}, 0.02),
     ("Adam", {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}, 0.02),
     ("Adam", {"lr": 0.02, "betas": (0.5, 0.6), "amsgrad": True}, 0.02),
+    ("Adam", {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True, "maximize": True}, 0.02),
     ("AdamW", {}, 0.02),
     ("AdamW", {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3, "amsgrad": True}, 0.02),
+    ("AdamW", {"maximize": True}, 0.02),
     ("RMSprop", {}, 0.002),
     ("RMSprop", {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.8, "weight_decay": 0.1}, 0.002),
     ("RMSprop", {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.8, "centered": True}, 0.002),
+    ("RMSprop", {"momentum": 0.8, "centered": True, "eps": 1e-3, "maximize": True}, 0.002),
     ("Adagrad", {}, 0.5),
     ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-3}, 0.5),
+    ("Adagrad", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}, 0.5),
     ("LARS", {"lr": 0.5, "trust_coefficient": 0.02}, 1.0),
     ("LARS", {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.1, "trust_coefficient": 0.1, "eps": 0.1}, 1.0),
     ("LAMB", {}, 0.01),
@@ -365,6 +370,25 @@ def test_a_state_that_does_not_fit_is_refused_with_every_reason_and_changes_noth
     optimizer.load_state_dict(state)
 
 
+def test_a_state_from_before_there_was_an_option_fits_where_it_is_off():
+    def without(state, name):
+        return {**state, "param_groups": [{k: v for k, v in g.items() if k != name} for g in state["param_groups"]]}
+
+    parameters, optimizer, _ = run(("Adam", {"lr": 0.02, "betas": (0.8, 0.95)}, None), list, steps=3)
+    old = without(optimizer.state_dict(), "maximize")
+    others = [Parameter(p.data.copy()) for p in parameters]
+    other = optim.Adam(others, lr=0.5)
+    other.load_state_dict(old)
+    assert other.param_groups[0]["maximize"] is False
+    continue_run(optimizer, parameters, np.random.default_rng(5), 3)
+    continue_run(other, others, np.random.default_rng(5), 3)
+    assert_identical(parameters, others)
+    with pytest.raises(ValueError, match=r"group 0: no maximize$"):
+        optim.Adam(others, maximize=True).load_state_dict(old)
+    with pytest.raises(ValueError, match=r"group 0: no weight_decay$"):  # 0 is a number, not off
+        other.load_state_dict(without(old, "weight_decay"))
+
+
 def test_a_parameter_that_changes_its_size_under_an_optimizer_is_refused():
     parameters, optimizer, _ = run(("Adam", {}, None), list, steps=1)
     parameters[1].data = np.ones(8)
@@ -523,7 +547,7 @@ def test_the_loss_falls_to_a_hundredth(row, problem):
     for _ in range(steps):
         optimizer.zero_grad()
         value = loss()
-        value.backward()
+        (-value if options.get("maximize") else value).backward()
         optimizer.step()
     assert loss().item() < first / 100
 

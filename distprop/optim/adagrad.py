@@ -24,6 +24,7 @@ class Adagrad(Optimizer):
         weight_decay: how much of w is added to the gradient.
         initial_accumulator_value: what s starts with.
         eps: keeps the division finite.
+        maximize: take −g for g.
 
     Source: Duchi, Hazan and Singer, 2011, Journal of Machine Learning Research 12.
     """
@@ -38,6 +39,8 @@ class Adagrad(Optimizer):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        *,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -46,13 +49,14 @@ class Adagrad(Optimizer):
             weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value,
             eps=eps,
+            maximize=maximize,
         )
 
     def _initial(self, group: Mapping[str, Any], name: str) -> float:
         return float(group["initial_accumulator_value"])
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        w, g, s = chunk.data, chunk.gradient(), chunk.state["sum"]
+        w, g, s = chunk.data, chunk.gradient(options["maximize"]), chunk.state["sum"]
         _, second = chunk.scratch
         s += np.multiply(g, g, out=second)
         np.sqrt(s, out=second)

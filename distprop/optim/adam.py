@@ -28,6 +28,7 @@ class Adam(Optimizer):
         eps: keeps the division finite.
         weight_decay: how much of w is added to the gradient.
         amsgrad: divide by the largest v so far, which repairs the proof of convergence.
+        maximize: take −g for g.
 
     Sources: Kingma and Ba, 2014, arXiv:1412.6980; Reddi et al., 2018, arXiv:1904.09237 (amsgrad).
     """
@@ -40,14 +41,18 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
+        *,
+        maximize: bool = False,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize
+        )
 
     def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        self._descend(chunk, chunk.gradient(), options)
+        self._descend(chunk, chunk.gradient(options["maximize"]), options)
 
     def _descend(self, chunk: Chunk, g: Array, options: Mapping[str, Any]) -> None:
         update_moments(chunk, g, options)
@@ -75,12 +80,14 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
+        *,
+        maximize: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
         chunk.shrink(options["lr"])
-        self._descend(chunk, chunk.grad, options)
+        self._descend(chunk, chunk.signed(options["maximize"]), options)
 
 
 def update_moments(chunk: Chunk, g: Array, options: Mapping[str, Any]) -> None:

@@ -42,16 +42,20 @@ class Chunk:
     scratch: tuple[Array, Array]
     segments: list[Segment]  # that cover it; none if nothing in it decays
 
-    def gradient(self) -> Array:
-        """g + weight_decay·w, made in the first scratch array; g itself where nothing decays."""
+    def signed(self, maximize: bool) -> Array:
+        """g, or to go uphill −g, made in the first scratch array."""
+        return np.negative(self.grad, out=self.scratch[0]) if maximize else self.grad
+
+    def gradient(self, maximize: bool = False) -> Array:
+        """±g + weight_decay·w, made in the first scratch array; `signed` where nothing decays."""
         if not self.segments:
-            return self.grad
+            return self.signed(maximize)
         for data, grad, first, _, weight_decay in self.segments:
             if weight_decay:
                 np.multiply(data, weight_decay, out=first)
-                np.add(first, grad, out=first)
+                (np.subtract if maximize else np.add)(first, grad, out=first)
             else:
-                first[...] = grad
+                (np.negative if maximize else np.positive)(grad, out=first)
         return self.scratch[0]
 
     def shrink(self, lr: float) -> None:

@@ -19,7 +19,7 @@ class RMSprop(Optimizer):
     `centered` divides by the standard deviation instead, √(s − a²) with the running mean a of g; a variance that rounds
     to less than 0 counts as 0 (PyTorch: w becomes NaN). With `momentum`, w moves along b ← momentum·b + d. Weight decay
     is part of the gradient: g + weight_decay·w. As in PyTorch, and unlike TensorFlow, eps stands outside the root and
-    the learning rate is not part of b.
+    the learning rate is not part of b. `maximize` takes −g for g.
 
     Sources: Tieleman and Hinton, 2012, Coursera: Neural Networks for Machine Learning, lecture 6.5; Graves, 2013,
     arXiv:1308.0850 (centered).
@@ -34,9 +34,18 @@ class RMSprop(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
+        *,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
-            params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
+            params,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
         )
 
     def _state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -44,7 +53,7 @@ class RMSprop(Optimizer):
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        w, g = chunk.data, chunk.gradient()
+        w, g = chunk.data, chunk.gradient(options["maximize"])
         _, second = chunk.scratch
         d = np.divide(g, self._scale(chunk, g, options), out=second)
         if options["momentum"]:

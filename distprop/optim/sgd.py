@@ -16,7 +16,7 @@ class SGD(Optimizer):
     """w ← w − lr·d, where d is the gradient g + weight_decay·w, with momentum its running sum v.
 
     v ← momentum·v + (1 − dampening)·g, v = g in the first step; then d = v, or g + momentum·v with `nesterov`. This is
-    PyTorch's convention, in which the learning rate is not part of v.
+    PyTorch's convention, in which the learning rate is not part of v. `maximize` takes −g for g.
 
     Sources: Robbins and Monro, 1951; Sutskever et al., 2013 (Nesterov's momentum).
     """
@@ -29,9 +29,17 @@ class SGD(Optimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
-            params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
         )
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -43,7 +51,7 @@ class SGD(Optimizer):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def _update(self, chunk: Chunk, options: Mapping[str, Any]) -> None:
-        w, d = chunk.data, chunk.gradient()
+        w, d = chunk.data, chunk.gradient(options["maximize"])
         _, second = chunk.scratch
         momentum = options["momentum"]
         if momentum:

@@ -36,7 +36,10 @@ def own_state(
 def loaded_groups(
     state: Mapping[str, Any], groups: Sequence[Group], check: Callable[[Group], None]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The groups with the options of `state`, and what does not fit."""
+    """The groups with the options of `state`, and what does not fit.
+
+    An option that is off, False, may be missing: the state is from before there was such an option.
+    """
     loaded = [dict(group) for group in groups]
     saved_groups = state["param_groups"]
     if not isinstance(saved_groups, list) or not all(isinstance(saved, Mapping) for saved in saved_groups):
@@ -44,7 +47,8 @@ def loaded_groups(
     problems = [f"{len(saved_groups)} groups, expected {len(groups)}"] * (len(saved_groups) != len(groups))
     all_expected = own_state(0, [], groups, [])["param_groups"]
     for number, (group, saved, expected) in enumerate(zip(loaded, saved_groups, all_expected, strict=False)):
-        found = [f"no {name}" for name in expected if name not in saved and name != "lr"]
+        missing = [name for name in expected if name not in saved and name != "lr"]
+        found = [f"no {name}" for name in missing if group[name] is not False]  # one that is off may be newer
         found += [f"unexpected {name}" for name in saved if name not in group]
         if saved.get("params", expected["params"]) != expected["params"]:
             found.append(f"parameters {saved['params']}, expected {expected['params']}")
