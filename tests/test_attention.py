@@ -428,6 +428,28 @@ def test_encoder_layer_is_pytorchs(options, masks, torch, rng):
     np.testing.assert_allclose(ours.grad, other.grad.numpy(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", ENCODERS, ids=str)
+def test_a_causal_encoder_layer_is_pytorchs_and_that_with_an_upper_triangular_mask(options, padded, torch, rng):
+    theirs = torch.nn.TransformerEncoderLayer(6, 3, 10, dropout=0.0, **options).double()
+    module = nn.TransformerEncoderLayer(6, 3, 10, dropout=0.0, **options).double()
+    into(theirs, module)
+    back(torch, module, theirs)
+    x, future = rng.normal(size=(2, 4, 6) if options["batch_first"] else (4, 2, 6)), np.triu(np.ones((4, 4), bool), 1)
+    padding = np.arange(4)[None] >= np.array([[4], [3]]) if padded else None
+    ours, other = Tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    output = module(ours, None, padding, is_causal=True)
+    expected = theirs(other, torch.tensor(future), torch.tensor(padding) if padded else None, is_causal=True)
+    np.testing.assert_allclose(output.data, expected.detach().numpy(), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(output.data, module(x, future, padding).data, rtol=1e-12, atol=1e-14)
+    first = 0 if options["batch_first"] else (slice(None), 0)  # a sequence without padding, without a batch
+    np.testing.assert_allclose(module(x[first], is_causal=True).data, output.data[first], rtol=1e-12, atol=1e-14)
+    (output**3).sum().backward()
+    (expected**3).sum().backward()
+    assert_same_gradients(module, theirs)
+    np.testing.assert_allclose(ours.grad, other.grad.numpy(), rtol=1e-9, atol=1e-11)
+
+
 def test_encoder_layer_of_one_sequence_and_with_a_function(torch, rng):
     theirs = torch.nn.TransformerEncoderLayer(6, 3, 10, activation=torch.nn.functional.silu).double().eval()
     module = nn.TransformerEncoderLayer(6, 3, 10, activation=F.silu).double().eval()
