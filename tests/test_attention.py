@@ -459,6 +459,36 @@ def test_encoder_layer_of_one_sequence_and_with_a_function(torch, rng):
     np.testing.assert_allclose(module(x, src_key_padding_mask=padding).data, expected, rtol=1e-11)
 
 
+DROPOUTS = ("self_attn", "dropout", "dropout1", "dropout2")
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_each_dropout_of_an_encoder_layer_stands_where_pytorchs_does(name, norm_first, torch, rng):
+    """One of them drops everything and the others nothing, in training mode."""
+    theirs = torch.nn.TransformerEncoderLayer(6, 3, 10, dropout=0.0, norm_first=norm_first).double()
+    module = nn.TransformerEncoderLayer(6, 3, 10, dropout=0.0, norm_first=norm_first).double()
+    into(theirs, module)
+    back(torch, module, theirs)
+    x = rng.normal(size=(4, 2, 6))
+    whole = module(x).data
+    for layer in (module, theirs):
+        setattr(getattr(layer, name), "dropout" if name == "self_attn" else "p", 1.0)
+    output, expected = module(x), theirs(torch.tensor(x))
+    np.testing.assert_allclose(output.data, expected.detach().numpy(), rtol=1e-10, atol=1e-12)
+    assert not np.allclose(output.data, whole)
+    (output**3).sum().backward()
+    (expected**3).sum().backward()
+    assert_same_gradients(module, theirs)
+
+
+def test_all_dropouts_of_an_encoder_layer_have_the_probability_it_was_given():
+    module = nn.TransformerEncoderLayer(6, 3, 10, dropout=0.3)
+    assert [getattr(module, name).p for name in DROPOUTS[1:]] == [0.3] * 3
+    assert module.self_attn.dropout == 0.3
+    assert nn.TransformerEncoderLayer(6, 3).self_attn.dropout == 0.1
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_dropout_in_an_encoder_layer_belongs_to_the_examples(batch_first, rng):
     module = nn.TransformerEncoderLayer(6, 3, 10, dropout=0.5, batch_first=batch_first).double()
