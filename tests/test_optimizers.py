@@ -495,14 +495,20 @@ def test_a_variance_that_rounds_below_zero_does_not_make_centered_rmsprop_nan():
 # memory
 
 
+def a_large_model():
+    """40 MB of parameters, with gradients."""
+    parameters = [Parameter(np.ones(shape, np.float32)) for shape in ((5_000_000,), (2000, 2499), (2000,))]
+    FlatBuffer(parameters)
+    for p in parameters:
+        p.grad = 1
+    return parameters
+
+
 @every
 def test_a_step_makes_no_temporary_of_the_models_size(row):
     name, options, _ = row
-    parameters = [Parameter(np.ones(shape, np.float32)) for shape in ((5_000_000,), (2000, 2499), (2000,))]  # 40 MB
-    FlatBuffer(parameters)
+    parameters = a_large_model()
     optimizer = getattr(optim, name)(parameters, **options)
-    for p in parameters:
-        p.grad = 1
     tracemalloc.start()
     try:
         optimizer.step()
@@ -516,6 +522,39 @@ def test_a_step_makes_no_temporary_of_the_models_size(row):
     state = sum(array.nbytes for array in optimizer.state_dict()["arrays"].values())
     assert first_peak - state < 2_000_000
     assert peak - before < 200_000
+
+
+def clip_the_norm(parameters, average):
+    assert optim.clip_grad_norm_(parameters, 1.0) > 3000
+
+
+def clip_the_values(parameters, average):
+    optim.clip_grad_value_(parameters, 0.5)
+
+
+def average_the_weights(parameters, average):
+    average.update()
+
+
+def take_the_averaged_weights(parameters, average):
+    with average.averaged():
+        pass
+
+
+@pytest.mark.parametrize(
+    "call", [clip_the_norm, clip_the_values, average_the_weights, take_the_averaged_weights], ids=lambda c: c.__name__
+)
+def test_clipping_and_averaging_make_none_either(call):
+    parameters = a_large_model()
+    average = optim.ExponentialMovingAverage(parameters)
+    average.update()  # makes the averages
+    tracemalloc.start()
+    try:
+        call(parameters, average)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200_000
 
 
 # problems
