@@ -24,12 +24,12 @@ CASES = [
     (
         "char_gpt.py",
         ["--steps", "4", "--context", "16", "--sample", "20"],
-        r"validation loss \d\.\d{4} over",
+        r"validation loss \d\.\d{4} over [\d,]+ characters\n[\s\S]{20,}\n",  # then the sample
     ),
     (
         "lstm_text.py",
         ["--steps", "4", "--window", "16", "--sample", "20"],
-        r"validation loss \d\.\d{4} over",
+        r"validation loss \d\.\d{4} over [\d,]+ characters\n[\s\S]{20,}\n",  # then the sample
     ),
     ("resnet_cifar.py", ["--epochs", "1", "--batch-size", "25"], r"% of 10 test images are right"),
     ("vanishing.py", ["--images", "100", "--run-dir", "run"], r"4 hidden, sigmoid .*\n(.*\n)+.*norm 1(.*\n)+epoch 20 "),
