@@ -17,7 +17,7 @@ from distprop.comm import Communicator
 from distprop.data import ArrayDataset, Loader
 from distprop.data.loader import share
 from distprop.parallel import DataParallel
-from distprop.tensor import Parameter, Tensor, as_tensor
+from distprop.tensor import Operand, Parameter, Tensor, as_tensor
 from distprop.train import Trainer
 from scenario import Suite
 
@@ -75,10 +75,40 @@ class Experts(nn.Module):
         return output
 
 
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+class Encoder(nn.Module):
+    """Embedded numbers, attention of each sequence to itself, and the mean over the steps."""
+
+    def __init__(self) -> None:
+        self.embedding = nn.Embedding(7, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.2, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, numbers: Operand) -> Tensor:
+        return self.last(self.layer(self.embedding(numbers), is_causal=True).mean(dim=1))
+
+
 def partly_frozen() -> nn.Module:
     model = perceptron()
     model[0].requires_grad_(False)
     return model
+
+
+def vectors(random: np.random.Generator, rows: int) -> np.ndarray:
+    return random.standard_normal((rows, 5))
+
+
+def images(random: np.random.Generator, rows: int) -> np.ndarray:
+    return random.standard_normal((rows, 2, 6, 6))
+
+
+def sequences(random: np.random.Generator, rows: int) -> np.ndarray:
+    return random.integers(0, 7, (rows, 4))
 
 
 @dataclass
@@ -90,6 +120,7 @@ class Case:
     batch_size: int = 7
     accumulate: int = 1
     ignore: tuple[str, ...] = ()
+    inputs: Callable[[np.random.Generator, int], np.ndarray] = vectors
 
     def build(self, seed: int) -> nn.Module:
         """The model in float64."""
@@ -97,9 +128,9 @@ class Case:
         return self.model().double()
 
     def data(self) -> ArrayDataset:
-        """Regression with 5 inputs and 3 targets."""
+        """Regression with 3 targets."""
         random = np.random.default_rng(self.rows)
-        return ArrayDataset(random.standard_normal((self.rows, 5)), random.standard_normal((self.rows, 3)))
+        return ArrayDataset(self.inputs(random, self.rows), random.standard_normal((self.rows, 3)))
 
 
 NO_GRADIENT = ("no gradient reached",)
@@ -117,6 +148,8 @@ CASES = {
     "accumulation_of_more_pieces_than_rows": Case(batch_size=4, accumulate=6),
     "accumulation_with_experts": Case(Experts, accumulate=2, ignore=NO_GRADIENT),
     "dropout": Case(with_dropout),
+    "convolution": Case(convolutional, inputs=images),
+    "attention": Case(Encoder, inputs=sequences),
 }
 
 
