@@ -364,6 +364,47 @@ def test_the_whole_im2col_matrix_is_never_held(shape, weight, options, rng):
     assert peak < needed + 8e6
 
 
+# What they take besides, in arrays of the size of x and of y: nothing where all groups are in one product; where each
+# group is a convolution of its own, its pixels and its results, which are joined in the end; and where each channel
+# has several kernels, the channel for each of them.
+IN_ONE, EACH_ITS_OWN, FOUR_KERNELS = (0, 0), (1, 1), (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "weight", "options", "besides"),
+    [
+        (F.conv2d, (32, 16, 32, 32), (16, 8, 5, 5), {"padding": 2, "groups": 2}, IN_ONE),
+        (F.conv2d, (96, 16, 32, 32), (16, 8, 5, 5), {"stride": 2, "groups": 2}, EACH_ITS_OWN),
+        (F.conv2d, (64, 16, 32, 32), (16, 4, 5, 5), {"padding": 2, "groups": 4}, EACH_ITS_OWN),
+        (F.conv2d, (32, 16, 32, 32), (16, 1, 5, 5), {"padding": 2, "groups": 16}, IN_ONE),
+        (F.conv2d, (96, 16, 32, 32), (16, 1, 5, 5), {"stride": 2, "groups": 16}, IN_ONE),
+        (F.conv2d, (32, 16, 32, 32), (64, 1, 5, 5), {"padding": 2, "groups": 16}, FOUR_KERNELS),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 16, 5, 5), {"padding": 2}, IN_ONE),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 16, 5, 5), {"stride": 2}, IN_ONE),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 16, 4, 4), {"stride": 2, "padding": 1}, IN_ONE),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 8, 5, 5), {"padding": 2, "groups": 2}, IN_ONE),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 4, 5, 5), {"stride": 2, "groups": 4}, EACH_ITS_OWN),
+        (F.conv_transpose2d, (32, 16, 32, 32), (16, 1, 5, 5), {"stride": 2, "groups": 16}, IN_ONE),
+    ],
+)
+def test_nor_is_that_of_groups_and_of_transposed_convolutions(function, shape, weight, options, besides, rng):
+    x = Tensor(rng.normal(size=shape).astype(np.float32), requires_grad=True)
+    w = Parameter(rng.normal(size=weight).astype(np.float32))
+    value = function(x, w, **options)
+    windows = value.data[:, 0] if function is F.conv2d else x.data[:, 0]  # a number for each
+    matrix = windows.nbytes * w.data[0].size * options.get("groups", 1)
+    more = 8e6 + besides[0] * x.data.nbytes + besides[1] * value.data.nbytes
+    limit = value.data.nbytes + 2 * x.data.nbytes + w.data.nbytes + more  # y; dx, and its copy in the leaf's grad
+    assert limit < value.data.nbytes + matrix
+    seed = np.ones_like(value.data)
+    tracemalloc.start()
+    value = function(x, w, **options)
+    value.backward(seed)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < limit
+
+
 @pytest.mark.parametrize(
     ("shape", "weight", "options"),
     [
