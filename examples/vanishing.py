@@ -10,6 +10,7 @@ does to it, and the same for a recurrent network, whose gradients explode throug
 """
 
 import argparse
+from functools import partial
 
 import numpy as np
 
@@ -63,31 +64,50 @@ def hidden_speeds(model: nn.Module, images: data.ArrayDataset, comm: dp.comm.Com
     return [speeds[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
 
 
-def through_time(scale: float, steps: int, clip=None) -> float:
-    """‖∂L/∂h₀‖ after `steps` steps of a tanh network near 0 whose recurrent weight scales every vector by `scale`."""
+def orthogonal(scale: float):
+    """An initialisation with which a product scales every vector by `scale`."""
+    return lambda weight: nn.init.orthogonal_(weight, scale)
+
+
+def through_time(steps: int, init, layer=nn.RNN, clip=None, **options) -> float:
+    """‖∂L/∂h₀‖ after `steps` steps near 0, where tanh is the identity; of an LSTM ‖∂L/∂c₀‖: its cell is a short cut."""
     dp.manual_seed(1)
-    rnn = nn.RNN(WIDTH, WIDTH, batch_first=True)
-    nn.init.orthogonal_(rnn.weight_hh_l0, gain=scale)
+    rnn = layer(WIDTH, WIDTH, batch_first=True, **options)
+    init(rnn.weight_hh_l0)
     nn.init.zeros_(rnn.bias_hh_l0)
     nn.init.zeros_(rnn.bias_ih_l0)
-    h0 = nn.Parameter(np.full((1, 1, WIDTH), 1e-9, np.float32))
-    output, _ = rnn(np.zeros((1, steps, WIDTH), np.float32), h0)
+    start = state = nn.Parameter(np.full((1, 1, WIDTH), 1e-9, np.float32))
+    if layer is nn.LSTM:
+        rnn.bias_hh_l0.data[WIDTH : 2 * WIDTH] = 3  # of the forget gate: the cell keeps σ(3) = 0.95 of itself
+        state = np.zeros_like(start.data), start
+    output, _ = rnn(np.zeros((1, steps, WIDTH), np.float32), state)
     output[:, -1].sum().backward()
     if clip is not None:
-        optim.clip_grad_norm_([h0], clip)
-    return float(np.linalg.norm(h0.grad))
+        optim.clip_grad_norm_([start], clip)
+    return float(np.linalg.norm(start.grad))
 
 
-def draw(curves: dict[str, list[float]], path: str) -> None:
+def through_normalised_time(steps: int, init) -> float:
+    """The same with h ← tanh(norm(W h)): the scale of W goes out with the norm, forward and backward."""
+    dp.manual_seed(1)
+    weight = init(nn.Parameter(np.empty((WIDTH, WIDTH), np.float32)))
+    start = h = nn.init.normal_(nn.Parameter(np.empty((1, WIDTH), np.float32)))
+    for _ in range(steps):
+        h = F.layer_norm(F.linear(h, weight), (WIDTH,)).tanh()
+    h.sum().backward()
+    return float(np.linalg.norm(start.grad))
+
+
+def draw(speeds: dict[str, list[float]], norms: dict[str, list[float]], path: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print('no figure: install matplotlib with pip install "distprop[plots]"')
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, values in curves.items():
-        axes, places = (left, range(1, len(values) + 1)) if name[1] != "." else (right, LENGTHS)
-        axes.semilogy(places, values, marker="o", label=name)
+    for axes, curves in (left, speeds), (right, norms):
+        for name, values in curves.items():
+            axes.semilogy(LENGTHS if axes is right else range(1, len(values) + 1), values, marker="o", label=name)
         axes.legend(fontsize=7)
     left.set(title="Learning speed", xlabel="hidden layer", xticks=(1, 2, 3, 4), ylabel="‖mean bias gradient‖")
     right.set(title="Gradient through time", xlabel="steps back", ylabel="‖∂L/∂h₀‖")
@@ -112,25 +132,33 @@ def main() -> None:
         **{f"{hidden} hidden, sigmoid": network(hidden) for hidden in (1, 2, 3, 4)},
         "4, sigmoid, Xavier": network(4, init=nn.init.xavier_normal_),
         "4, ReLU": network(4, activation=nn.ReLU),
+        "4, ReLU, LeCun": network(4, activation=nn.ReLU, init=nn.init.lecun_normal_),
         "4, ReLU, Kaiming": network(4, **kaiming),
         "4, sigmoid, short cuts": network(4, residual=True),
         "4, sigmoid, layer norm": network(4, normalise=True),
         "4, ReLU, Kaiming, layer norm, short cuts": network(4, **kaiming, normalise=True, residual=True),
     }
-    curves = {name: hidden_speeds(model, images, comm) for name, model in models.items()}
-    curves["4, sigmoid, clipped to norm 0.1"] = hidden_speeds(network(4), images, comm, clip=0.1)
-    for name, speeds in curves.items():
-        say(f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in speeds))
+    speeds = {name: hidden_speeds(model, images, comm) for name, model in models.items()}
+    speeds["4, sigmoid, clipped to norm 0.1"] = hidden_speeds(network(4), images, comm, clip=0.1)
+    for name, values in speeds.items():
+        say(f"{name:<42}" + "  ".join(f"{speed:7.4f}" for speed in values))
 
     say("\nExploding: ‖∂L/∂h₀‖ of a recurrent network after so many steps")
     say(f"{'orthogonal weights scaled by':<42}" + "  ".join(f"{steps:7d}" for steps in LENGTHS))
-    for scale in (0.8, 1.0, 1.5):
-        curves[str(scale)] = [through_time(scale, steps) for steps in LENGTHS]
-    curves["1.5, clipped to norm 1"] = [through_time(1.5, steps, clip=1.0) for steps in LENGTHS]
-    for name in list(curves)[-4:]:
-        say(f"{name:<42}" + "  ".join(f"{norm:7.3g}" for norm in curves[name]))
+    runs = {
+        **{str(scale): partial(through_time, init=orthogonal(scale)) for scale in (0.8, 1.0, 1.5)},
+        "1.5, clipped to norm 1": partial(through_time, init=orthogonal(1.5), clip=1.0),
+        "0.8, LSTM": partial(through_time, init=orthogonal(0.8), layer=nn.LSTM),
+        "0.8, layer norm": partial(through_normalised_time, init=orthogonal(0.8)),
+        "1.5, layer norm": partial(through_normalised_time, init=orthogonal(1.5)),
+        "Xavier instead": partial(through_time, init=nn.init.xavier_normal_),
+        "Kaiming instead, ReLU": partial(through_time, init=kaiming["init"], nonlinearity="relu"),
+    }
+    norms = {name: [run(steps) for steps in LENGTHS] for name, run in runs.items()}
+    for name, values in norms.items():
+        say(f"{name:<42}" + "  ".join(f"{norm:7.3g}" for norm in values))
     if comm.rank == 0:
-        draw(curves, args.figure)
+        draw(speeds, norms, args.figure)
     if args.run_dir:
         model = network(10)
         optimizer = optim.SGD(model.parameters(), lr=0.1)
