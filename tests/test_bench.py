@@ -18,6 +18,7 @@ from distprop.bench.ops import OperationTimes, cases, summary
 from distprop.cli import main
 from distprop.comm import ThreadCommunicator, run_threads
 from distprop.data import ArrayDataset
+from distprop.tensor import Tensor
 
 
 def test_step_prints_every_phase_beside_the_hand_written_loop() -> None:
@@ -185,11 +186,45 @@ def test_ops_times_operations_beside_a_copy() -> None:
     assert re.search(r"^2 operations", answer.output, re.MULTILINE)
 
 
+def test_ops_times_pytorch_on_one_thread_beside_ours(torch: Any) -> None:
+    torch.set_num_threads(2)
+    answer = CliRunner().invoke(main, ["bench", "ops", "max_pool2d 3x3 stride 2", "x.log()", "--repeats", "1"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1
+    for name in ("max_pool2d 3x3 stride 2", "x.log()"):
+        pattern = rf"^{re.escape(name)} +\d+\.\d((?: +\d+\.\d{{3}}){{5}}) +(\d+\.\d\d)"
+        line = re.search(pattern, answer.output, re.MULTILINE)
+        assert line, answer.output
+        forward, backward, _, torch_forward, torch_backward = map(float, line[1].split())
+        ratio = (forward + backward) / (torch_forward + torch_backward)
+        assert float(line[2]) == pytest.approx(ratio, rel=0.01, abs=0.01)  # of times with three digits
+
+
+# How the table writes a tensor's methods and operators, but for those that are views.
+ARITHMETIC = {"add": "x + y", "sub": "x - y", "mul": "x * y", "truediv": "x / y", "matmul": "x @ y", "pow": "x ** 2"}
+METHODS = {
+    **{f"__{name}__": row for name, row in ARITHMETIC.items()},
+    **{"__neg__": "minus x", "__abs__": "x.abs()", "__getitem__": "x[rows]"},
+    **{name: f"x.{name}()" for name in ("exp", "log", "sqrt", "abs", "tanh", "sigmoid", "relu", "sum")},
+    **{name: f"x.{name}(1)" for name in ("mean", "var", "max", "min")},
+}
+VIEWS = {"detach", "reshape", "flatten", "transpose", "permute"}
+
+
 def test_the_table_of_operations_has_every_operation() -> None:
     names = [case.name for case in cases()]
     short = {"scaled_dot_product_attention": "attention"}
-    assert [name for name in functional.__all__ if not any(short.get(name, name) in row for row in names)] == []
+    first_words = {name.split()[0] for name in names}
+    assert [name for name in functional.__all__ if short.get(name, name) not in first_words] == []
+    assert [row for row in METHODS.values() if row not in names] == []
     assert len(set(names)) == len(names)
+
+
+def test_every_method_that_makes_a_tensor_has_its_place_in_the_table() -> None:
+    same = {f"__{form}{name}__" for name in ARITHMETIC for form in "ri"}  # 1 + x, x += 1
+    made = {name for name, f in vars(Tensor).items() if getattr(f, "__annotations__", {}).get("return") == "Tensor"}
+    assert {name for name in made if not re.match("_[a-z]", name)} - same == {*METHODS, *VIEWS}
 
 
 def test_the_closing_line_names_what_comes_near_twice_the_time_and_what_takes_more() -> None:

@@ -39,6 +39,7 @@ class Case:
     theirs: Operation | None = None
     constants: Sequence[Array] = ()
     images: bool = False  # to be timed in both memory orders
+    positive: bool = False  # inputs from 1/2 on, for what has no value below 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def bench_ops(names: Sequence[str] = (), repeats: int = 15) -> Iterator[Operatio
             continue
         rng = np.random.default_rng(0)
         arrays = [rng.normal(size=shape).astype(np.float32) for shape in case.shapes]
+        arrays = [np.abs(array) + np.float32(0.5) for array in arrays] if case.positive else arrays
         value = case.ours(F, *map(Tensor, arrays), *case.constants).data
         grad = np.asarray(rng.normal(size=value.shape), np.float32)
         ours, theirs = [], []
@@ -351,13 +353,18 @@ def _tensor_cases() -> list[Case]:
     return [
         Case("x + y", [_LARGE] * 2, lambda f, x, y: x + y),
         Case("x + row", [_LARGE, row], lambda f, x, y: x + y),
+        Case("x - y", [_LARGE] * 2, lambda f, x, y: x - y),
+        Case("minus x", [_LARGE], lambda f, x: -x),
         Case("x * y", [_LARGE] * 2, lambda f, x, y: x * y),
         Case("x / y", [_LARGE] * 2, lambda f, x, y: x / y),
         Case("x ** 2", [_LARGE], lambda f, x: x**2),
         Case("x @ y", [(512, 1024), _LARGE], lambda f, x, y: x @ y),
         Case("batches x @ y", [(64, 128, 64), (64, 64, 128)], lambda f, x, y: x @ y),
         Case("x.exp()", [_LARGE], lambda f, x: x.exp()),
+        Case("x.log()", [_LARGE], lambda f, x: x.log(), positive=True),
+        Case("x.sqrt()", [_LARGE], lambda f, x: x.sqrt(), positive=True),
         Case("x.abs()", [_LARGE], lambda f, x: x.abs()),
+        Case("x.relu()", [_LARGE], lambda f, x: x.relu()),
         Case("x.tanh()", [_LARGE], lambda f, x: x.tanh()),
         Case("x.sigmoid()", [_LARGE], lambda f, x: x.sigmoid()),
         Case("x.sum()", [_LARGE], lambda f, x: x.sum()),
@@ -365,6 +372,7 @@ def _tensor_cases() -> list[Case]:
         Case("x.mean(1)", [_LARGE], lambda f, x: x.mean(1)),
         Case("x.var(1)", [_LARGE], lambda f, x: x.var(1)),
         Case("x.max(1)", [_LARGE], lambda f, x: x.max(1), lambda f, x: x.amax(1)),
+        Case("x.min(1)", [_LARGE], lambda f, x: x.min(1), lambda f, x: x.amin(1)),
         Case("x[rows]", [_LARGE], lambda f, x, rows: x[rows], None, [np.arange(0, 1024, 2)]),
         Case("x[:, ::2]", [_LARGE], lambda f, x: x[:, ::2]),
     ]
