@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -321,6 +322,24 @@ def test_the_gradient_of_a_parameter_lands_in_the_flat_buffer(case):
     case.run(parameters).backward(seed)
     for parameter, tensor in zip(parameters, tensors, strict=True):
         np.testing.assert_allclose(parameter.grad, 2 * tensor.grad, rtol=1e-15)
+
+
+def operations_in(functions):
+    """Those of `distprop.functional` that rows are about: the function itself, or what one of the tests names."""
+    public = [getattr(F, name) for name in F.__all__]
+    return {n for f in functions for n in ([f.__name__] if f in public else f.__code__.co_names)} & set(F.__all__)
+
+
+def test_every_operation_has_a_row_that_is_checked_and_one_that_is_compared_with_pytorch():
+    others = ("attention", "conv", "embedding", "join", "norm", "pad", "pool")
+    tables = [OPERATIONS, *(import_module(f"test_{name}").OPERATIONS for name in others)]
+    rows = [row for table in tables for row in table]
+    recurrent = import_module("test_recurrent")
+    checked = [row.function for row in rows] + [row.values[0] for row in recurrent.OPERATIONS]
+    compared = [row.function for row in rows if row.torch is not None]
+    split = {"split"}  # whose several tensors the tables do not know; test_join.py has tests of both kinds for it
+    assert operations_in(checked) == set(F.__all__) - split
+    assert operations_in(compared) | {kind.lower() for kind, _ in recurrent.LAYERS} == set(F.__all__) - split
 
 
 @pytest.mark.parametrize("leaf", [True, False])
