@@ -14,7 +14,7 @@ MPIS := mpich5 impi debian-openmpi debian-mpich
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 
-.PHONY: demo test lint types unit parallel cluster test-mpis $(MPIS:%=test-%) clean
+.PHONY: demo test lint types unit parallel cluster published test-mpis $(MPIS:%=test-%) clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -39,6 +39,10 @@ parallel: $(VENV)/.dev-installed
 # skipped where there is no Docker with Compose, or no Slurm
 cluster: $(VENV)/.dev-installed .venv-mpich5/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not timing" tests/cluster
+
+# The figures of the literature that take long, for which $DISTPROP_DATA has MNIST and tiny Shakespeare: two hours or so
+published: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -q tests/published_jobs.py
 
 # Under each; `make test-impi RANKS="2 4"` for one of them and other numbers of ranks
 test-mpis: $(MPIS:%=test-%)
