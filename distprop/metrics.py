@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -65,10 +65,6 @@ class EpochSums:
         """The means over the examples."""
         means = {name: value / self.examples for name, value in self.metrics.items()}
         return EpochResult(epoch, self.loss / self.examples, means)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint: `EpochSums(**as_dict())` is the same again."""
-        return asdict(self)
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distprop.checkpoint import Checkpoint
 from distprop.data.loader import Loader
-from distprop.fingerprint import replay_advice
 from distprop.metrics import StepResult
 from distprop.tape import Array
 
@@ -35,12 +34,6 @@ class Repeat(Protocol):
         self, trainer: Trainer, loader: Loader, batch: Sequence[Array], make: Callable[[], StepResult]
     ) -> StepResult:
         """Let `make` make the next step, of this rank's `batch`; after the one that was asked for the program ends."""
-
-
-def advise(error: Exception, run_dir: Path | None, step: int, culprits: Sequence[int]) -> None:
-    """Let an error that ended `step` of a run with a folder say how to look into it."""
-    if advice := replay_advice(run_dir, step, culprits[0]):
-        error.add_note(advice)
 
 
 repeating: ContextVar[Repeat | None] = ContextVar("repeating", default=None)

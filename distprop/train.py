@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from distprop.data.dataset import Dataset
 from distprop.data.loader import Loader
 from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
-from distprop.fingerprint import Fingerprints, state_hash
+from distprop.fingerprint import Fingerprints, replay_advice, state_hash
 from distprop.health import EVERY, Health
 from distprop.live import Plan, show_progress
 from distprop.look import Look
@@ -31,7 +32,7 @@ from distprop.nn.module import Module
 from distprop.optim.optimizer import Optimizer
 from distprop.parallel import DataParallel, NonFiniteGradientError
 from distprop.progress import Progress
-from distprop.repeat import advise, repeating
+from distprop.repeat import repeating
 from distprop.replicas import compare_settings
 from distprop.run_checkpoints import RunCheckpoints
 from distprop.rundir import session
@@ -382,7 +383,8 @@ class Trainer:
         try:
             received = self._update(batch, rows, self.step + 1, self.epoch)
         except (NonFiniteLossError, NonFiniteGradientError) as error:
-            advise(error, self.run_dir, self.step + 1, error.culprits or (0,))
+            if advice := replay_advice(self.run_dir, self.step + 1, error.culprits[0] if error.culprits else 0):
+                error.add_note(advice)
             raise
         self.step += 1
         examples = received["examples"]
@@ -409,7 +411,7 @@ class Trainer:
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
-            "epoch_sums": self._sums.as_dict(),
+            "epoch_sums": asdict(self._sums),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "fit_began": list(self._fit_began),
             "examples": self._examples,

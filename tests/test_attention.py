@@ -557,6 +557,8 @@ def test_the_modules_say_what_does_not_fit():
         module(x, x, x, attn_mask=np.ones((4, 3), bool))
     with pytest.raises(ValueError, match=r"key_padding_mask of shape \(4, 2\).*\(batch, keys\) = \(2, 4\)"):
         module(x, x, x, np.ones((4, 2), bool))
+    with pytest.raises(ValueError, match=r"key_padding_mask of shape \(1, 4\).*must be \(keys,\) = \(4,\)"):
+        module(x[0], x[0], x[0], np.ones((1, 4), bool))
     with pytest.raises(TypeError, match="mask of dtype float64; it must be boolean or float32"):
         module(x, x, x, attn_mask=np.ones((4, 4)))
     with pytest.raises(ValueError, match=r"src of shape \(2, 4, 5\); it must be \(steps, batch, 6\)"):

@@ -186,8 +186,8 @@ class MultiheadAttention(Module):
             wanted = (batch, keys) if batched else (keys,)
             if mask.shape != wanted:
                 raise ValueError(
-                    f"MultiheadAttention got a key_padding_mask of shape {mask.shape}; it must be (batch, keys) = "
-                    f"{wanted}"
+                    f"MultiheadAttention got a key_padding_mask of shape {mask.shape}; "
+                    f"it must be {'(batch, keys)' if batched else '(keys,)'} = {wanted}"
                 )
             masks.append(mask.reshape(batch, 1, 1, keys))
         if not masks:
