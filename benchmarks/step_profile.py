@@ -1,7 +1,8 @@
 """Where a step of one of the four networks goes: `distprop run -n 2 benchmarks/step_profile.py cnn`.
 
 Trains on noise, records every rank's time line, of 100 steps or as many as the second argument says, and prints what
-`distprop trace` says of them; then as many steps again, without a record, and what each function takes on rank 0.
+`distprop trace` says of them; then as many steps again, without a record, and what each function takes on rank 0. As in
+`compare.py`, a rank has one BLAS thread, also if it is alone.
 """
 
 import sys
@@ -9,11 +10,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import threadpoolctl
 
 import distprop as dp
 from distprop import functional as F
 from distprop import optim, trace
 from distprop.data import ArrayDataset
+from distprop.environment import blas_description
 from functions import FunctionTimes
 from networks import ADAMW, LR, MOMENTUM, NETWORKS, batches, distprop_model
 
@@ -24,6 +27,7 @@ def main() -> None:
     name, steps = (*sys.argv[1:], *("", "100")[len(sys.argv) - 1 :])[:2]
     if name not in NETWORKS or not steps.isdecimal():
         sys.exit(f"usage: step_profile.py NETWORK [STEPS], NETWORK being one of {', '.join(NETWORKS)}")
+    threadpoolctl.threadpool_limits(1, user_api="blas")
     network, comm = NETWORKS[name], dp.world()
     model = distprop_model(name)
     if network.adamw:
@@ -39,7 +43,7 @@ def main() -> None:
         trainer = dp.Trainer(model, F.cross_entropy, optimizer, run_dir=folder, profile=int(steps), **options)
         trainer.fit(ArrayDataset(x, y), steps=int(steps))
         if comm.rank == 0:
-            print(trace.show(trace.read_trace(Path(folder))))
+            print(f"{blas_description()}\n{trace.show(trace.read_trace(Path(folder)))}")
     functions = FunctionTimes()
     with functions.watching():
         dp.Trainer(model, F.cross_entropy, optimizer, **options).fit(ArrayDataset(x, y), steps=int(steps))
