@@ -100,15 +100,17 @@ def through_normalised_time(steps: int, init) -> float:
 
 def draw(speeds: dict[str, list[float]], norms: dict[str, list[float]], path: str) -> None:
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         return print('no figure: install matplotlib with pip install "distprop[plots]"')
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, curves in (left, speeds), (right, norms):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # the usual ten repeat
         for name, values in curves.items():
             axes.semilogy(LENGTHS if axes is right else range(1, len(values) + 1), values, marker="o", label=name)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, where no curve is
     left.set(title="Learning speed", xlabel="hidden layer", xticks=(1, 2, 3, 4), ylabel="‖mean bias gradient‖")
     right.set(title="Gradient through time", xlabel="steps back", ylabel="‖∂L/∂h₀‖")
     figure.savefig(path)
