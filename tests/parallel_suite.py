@@ -1,5 +1,6 @@
 """What `DataParallel` promises, on any number of ranks."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -309,8 +310,8 @@ def gradients_that_nobody_zeroed_are_added_to(comm: Communicator) -> None:
     assert_gradients(model, expected_gradients(x, y))
 
 
-@suite.scenario()
-def zero_grad_throws_away_what_was_accumulated(comm: Communicator) -> None:
+def assert_thrown_away(comm: Communicator, forget: Callable[[DataParallel], None]) -> None:
+    """What was accumulated before `forget` counts in no later step."""
     mine, total = uneven(comm)
     x, y = rows(total)
     model = make_model()
@@ -318,26 +319,24 @@ def zero_grad_throws_away_what_was_accumulated(comm: Communicator) -> None:
     F.mse_loss(parallel(x[mine]), y[mine]).backward()
     with parallel.no_sync():
         F.mse_loss(parallel(x[mine]) * 7, y[mine]).backward()
-    model.zero_grad()
+    forget(parallel)
     F.mse_loss(parallel(x[mine]), y[mine]).backward()
     assert parallel.received["examples"] == total
     assert_gradients(model, expected_gradients(x, y))
+
+
+@suite.scenario()
+def zero_grad_throws_away_what_was_accumulated(comm: Communicator) -> None:
+    assert_thrown_away(comm, lambda parallel: parallel.module.zero_grad())
 
 
 @suite.scenario()
 def zero_grad_to_zeros_throws_away_what_was_accumulated(comm: Communicator) -> None:
-    mine, total = uneven(comm)
-    x, y = rows(total)
-    model = make_model()
-    parallel = DataParallel(model, comm)
-    F.mse_loss(parallel(x[mine]), y[mine]).backward()
-    with parallel.no_sync():
-        F.mse_loss(parallel(x[mine]) * 7, y[mine]).backward()
-    parallel.zero_grad(set_to_none=False)
-    assert not any(parameter.grad is None or parameter.grad.any() for parameter in model.parameters())
-    F.mse_loss(parallel(x[mine]), y[mine]).backward()
-    assert parallel.received["examples"] == total
-    assert_gradients(model, expected_gradients(x, y))
+    def forget(parallel: DataParallel) -> None:
+        parallel.zero_grad(set_to_none=False)
+        assert not any(parameter.grad is None or parameter.grad.any() for parameter in parallel.parameters())
+
+    assert_thrown_away(comm, forget)
 
 
 @suite.scenario()
