@@ -687,3 +687,12 @@ def test_dropout_keeps_the_mean_and_the_share(rng):
         # every row and every column has its share: nothing is repeated along either
         assert abs((kept > 0).mean(0) - (1 - p)).max() < 6 * np.sqrt(p * (1 - p) / 400)
         assert abs((kept > 0).mean(1) - (1 - p)).max() < 6 * np.sqrt(p * (1 - p) / 500)
+
+
+# What holds for every operation; files with tables of their own run these too.
+CHECKS = [
+    test_gradients_agree_with_finite_differences,
+    test_only_the_inputs_that_need_a_gradient_get_one,
+    test_the_gradient_of_a_parameter_lands_in_the_flat_buffer,
+    test_arrays_give_a_constant_with_the_same_value,
+]

@@ -125,12 +125,6 @@ OPERATIONS = [
     ),
 ]
 CASES = [table.Case(o, shapes, options) for o in OPERATIONS for shapes in o.shapes for options in o.options]
-CHECKS = [
-    table.test_gradients_agree_with_finite_differences,
-    table.test_only_the_inputs_that_need_a_gradient_get_one,
-    table.test_the_gradient_of_a_parameter_lands_in_the_flat_buffer,
-    table.test_arrays_give_a_constant_with_the_same_value,
-]
 
 
 @pytest.fixture(params=[None, 8], ids=["", "block by block"])
@@ -149,7 +143,7 @@ LARGE_CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("check", table.CHECKS, ids=lambda check: check.__name__.removeprefix("test_"))
 def test_operation(check, case, block):
     check(case)
 
