@@ -37,7 +37,10 @@ FAULTS = {
     "raises": ("forward pass", "ValueError: boom"),
     "raises in a thread": ("forward pass", "ValueError: boom"),
     "is killed": ("forward pass", "killed by SIGKILL"),
-    "is stopped": ("forward pass", "is stopped .SIGSTOP. and does not answer, while rank [02] waits in .*6 s"),
+    "is stopped": (
+        "forward pass",
+        "is stopped .SIGSTOP. and does not answer, while rank [02] waits in collective .*6 s",
+    ),
     "hangs": ("forward pass", "no progress for [6-9] s, while rank [02] waits in collective .* the limit is 6 s"),
     "exits": ("end", r"has come to the end of its script or called sys\.exit\(\), while rank [02] waits for it"),
     "runs out of memory": ("forward pass", r"(numpy\..*)?\w*MemoryError"),
