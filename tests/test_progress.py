@@ -43,12 +43,15 @@ def test_the_rate_is_the_samples_of_all_steps_over_their_time(capsys):
 
 
 def test_steps_speak_up_only_after_a_while(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     lines = PlainLines()
+    now += PlainLines.EVERY_SECONDS
     lines.step(step(1))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(PlainLines, "EVERY_SECONDS", 0.05)
-    time.sleep(0.06)
+    now += 0.1
     lines.step(step(2, loss=0.25, accuracy=0.5))
+    now += PlainLines.EVERY_SECONDS
     lines.step(step(3))
     line = capsys.readouterr().out
     assert line.startswith("step 2  loss 0.2500  accuracy 50.00%  ")
@@ -106,16 +109,19 @@ def test_lines_are_there_when_training_raises(tmp_path):
 
 
 def test_a_reader_sees_a_run_that_is_still_going(tmp_path, monkeypatch):
-    now = time.monotonic()
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with MetricsFile(tmp_path) as file:
         file.write({"a": 1})
         assert read(tmp_path) == []
-        monkeypatch.setattr(time, "monotonic", lambda: now + 1.5)
+        now += 1.5
         file.write({"a": 2})
         assert read(tmp_path) == [{"a": 1}, {"a": 2}]
 
 
-def test_logs_get_the_same_lines_without_a_folder_too(tmp_path):
+def test_logs_get_the_same_lines_without_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+
     class Log:
         lines, flushed = [], 0
 
