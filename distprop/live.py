@@ -128,7 +128,8 @@ class LiveView(Progress):
     def close(self) -> None:
         """Leave the last frame on the screen, and the terminal as it was."""
         self._ending.set()
-        self._thread.join(_PATIENCE_SECONDS)
+        for _ in range(20):  # parts, for a process that is stopped meanwhile, as by Ctrl-Z, is then late in one of them
+            self._thread.join(_PATIENCE_SECONDS / 20)
 
     # --- the drawing thread
 

@@ -151,6 +151,28 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody(terminal: Terminal) -> No
     assert terminal.feed(lambda: not view._thread.is_alive())
 
 
+def test_a_process_that_is_stopped_at_the_end_restores_its_terminal(terminal: Terminal) -> None:
+    view = LiveView(Plan(total=3, batches=3), Timeline(), terminal.theirs)
+    assert terminal.feed(lambda: b"\x1b[1;" in terminal.received)
+    close, join, joins, going_on = view._panel.close, view._thread.join, [], threading.Event()
+    view._panel.close = lambda *picture: going_on.wait(LIMIT_SECONDS) and close(*picture)
+
+    def join_of_a_stopped_process(seconds: float) -> None:
+        """The first time is over when the process goes on, and the other thread has done nothing."""
+        joins.append(seconds)
+        if len(joins) > 1:
+            going_on.set()
+            join(LIMIT_SECONDS)
+
+    view._thread.join = join_of_a_stopped_process
+    view.close()
+    restored = not view._thread.is_alive()
+    going_on.set()
+    assert restored
+    terminal.drain()
+    assert_restored(terminal)
+
+
 def test_a_terminal_that_goes_away_does_not_end_training(terminal: Terminal, capsys: pytest.CaptureFixture) -> None:
     view = LiveView(Plan(total=3, batches=3), Timeline(), terminal.theirs)
     os.close(terminal.theirs)
