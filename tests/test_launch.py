@@ -315,6 +315,17 @@ def finish(process: subprocess.Popen[str], stdin: str = "", seconds: float = 40)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def await_said(process: subprocess.Popen[str], text: str) -> None:
+    """Wait until a line with `text` is on standard error, of which the lines up to there are gone then."""
+    assert process.stderr
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if text in line:
+            return
+    pytest.fail(f"it ended, and wrote\n{''.join(said)}")
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -442,7 +453,7 @@ def test_one_rank_ends_the_job_when_it(failure: str, jobs: Jobs) -> None:
 
 @needs_mpi
 def test_ranks_that_all_exit_with_a_failure_are_not_killed(jobs: Jobs) -> None:
-    source = WORLD + "time.sleep(2 * (comm.rank == 0))\nprint('saved by', comm.rank)\nsys.exit(3)"
+    source = WORLD + "comm.barrier()\ntime.sleep(0.5 * (comm.rank == 0))\nprint('saved by', comm.rank)\nsys.exit(3)"
     done = jobs.run(2, source)
     assert done.returncode == 3
     assert "saved by 0" in done.stdout
@@ -493,12 +504,14 @@ def finish_bare(process: subprocess.Popen[str], jobs: Jobs, seconds: float = 40)
 
     `distprop run` ends it too; where it is not used, nobody can. The status is then 1.
     """
-    limit = time.monotonic() + seconds
+    limit, had_ranks = time.monotonic() + seconds, False
     while time.monotonic() < limit:
         with contextlib.suppress(subprocess.TimeoutExpired):
             out, err = process.communicate(timeout=1)
             return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        if not wait_until(lambda: any(map(processes.is_rank, jobs.pids())), 8):
+        if wait_until(lambda: any(map(processes.is_rank, jobs.pids())), 8 if had_ranks else seconds - 10):
+            had_ranks = True
+        else:
             process.kill()
             out, err = process.communicate()
             return subprocess.CompletedProcess(process.args, 1, out, err)
@@ -517,8 +530,10 @@ def test_a_bare_mpirun_works_and_ends_when_a_rank_raises(jobs: Jobs) -> None:
 @needs_mpi
 def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
     # Later than the other rank has connected to the launcher: in between, that of Open MPI 5.0 crashes or hangs.
-    source = BEFORE_WORLD + "\n    time.sleep(2)\n    raise ValueError('early')\n" + WORLD
-    done = run_bare(jobs, source, DISTPROP_TIMEOUT="10")
+    wait = "\n    while not os.path.exists(os.environ['CONNECTS']): time.sleep(0.01)\n    time.sleep(2)\n"
+    connects = "import distprop.comm.mpi\nopen(os.environ['CONNECTS'], 'w').close()\n"
+    source = BEFORE_WORLD + wait + "    raise ValueError('early')\n" + connects + WORLD
+    done = run_bare(jobs, source, DISTPROP_TIMEOUT="10", CONNECTS=str(jobs.folder / "connects"))
     assert is_status(done, 1)
     assert "ValueError: early" in done.stderr
 
@@ -564,23 +579,39 @@ time.sleep(60)
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_launcher_that_ignores_sigterm_is_killed_with_all_it_started(signals: int, jobs: Jobs) -> None:
-    with jobs.start(jobs.write(PLAY), DEAF) as process:
+    patience = "from distprop import processes\nprocesses._GRACE_SECONDS = 60\n" * (signals == 2)
+    with jobs.start(jobs.write(patience + PLAY), DEAF) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         begin = time.monotonic()
-        for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        await_said(process, "SIGINT; ending all ranks")  # two signals that are sent together may arrive as one
+        if signals == 2:
             process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
         assert finish(process, seconds=15).returncode == 130
-    assert (time.monotonic() - begin < 4) == (signals == 2)
+    assert signals == 2 or time.monotonic() - begin >= 4
     assert not jobs.left()
 
 
-@pytest.mark.parametrize("seconds", [0.5, 3])
+SEEN = """
+from pathlib import Path
+from distprop import processes
+def has_ranks(marker, real=processes._has_ranks):
+    found = real(marker)
+    if found:
+        Path(os.environ["SEEN"]).touch()
+    return found
+processes._has_ranks = has_ranks
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 3])
 def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, jobs: Jobs) -> None:
-    rank = f"subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep({seconds})'], env=environment)"
+    """A rank that ends as soon as it has been seen, which is before the first regular look, and one that ends later."""
+    wait = f"while not os.path.exists(os.environ['SEEN']): time.sleep(0.01)\ntime.sleep({seconds})"
+    rank = f"subprocess.Popen([{sys.executable!r}, '-c', {'import os, time' + chr(10) + wait!r}], env=environment)"
     source = f"import os, subprocess, time; environment = {{**os.environ, 'PMI_RANK': '0'}}; {rank}; time.sleep(60)"
-    with jobs.start(jobs.write(PLAY), source) as process:
+    with jobs.start(jobs.write(SEEN + PLAY), source, SEEN=str(jobs.folder / "seen")) as process:
         done = finish(process, seconds=20)
     assert done.returncode == 1
     assert "all ranks have ended, but not their launcher" in done.stderr
