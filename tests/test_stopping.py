@@ -16,7 +16,7 @@ import distprop as dp
 from distprop import checkpoint, launch, stopping
 from distprop.comm import SoloCommunicator, run_threads
 from distprop.comm.mpi import library
-from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
+from test_launch import Jobs, await_job, await_said, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer, parameters
 
 STEPS = 28  # of 4 epochs
@@ -185,12 +185,18 @@ def test_the_time_of_the_environment_stops_training_before_it_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DISTPROP_MAX_TIME", "2")
-    monkeypatch.setattr(stopping, "_STARTED", began := time.time())
-    slow = lambda result: time.sleep(0.1)  # noqa: E731
+    began = now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(stopping, "_STARTED", began)
+
+    def slow(result: dp.StepResult) -> None:
+        nonlocal now
+        now += 0.1
+
     trainer = make_trainer(SoloCommunicator(), tmp_path / "run", callbacks=[slow], checkpoint_every=1000)
     with pytest.raises(stopping.StoppedError):
         trainer.fit(dataset(), epochs=4, validation=dataset())
-    assert time.time() - began < 2
+    assert now - began < 2
     assert "the time is over: stopped after step" in capsys.readouterr().err
     monkeypatch.delenv("DISTPROP_MAX_TIME")
     assert_resumes_to_the_same_bits(tmp_path / "run", tmp_path)
@@ -237,6 +243,10 @@ def slow(result):
     if result.step == 3 and comm.rank == 0:
         (run_dir.parent / "ready").touch()
     time.sleep(float(os.environ.get("SLOW", 0.05)) if result.step >= 3 else 0)
+    if comm.rank == comm.size - 1 and result.step in (20, 26) and "SLOW" not in os.environ:
+        request = trainer._stop_request  # nobody comes to the end before it, or all that Open MPI makes of it
+        while not (request.reason or (result.step == 20 and request._save_now)):
+            time.sleep(0.01)
 
 comm, run_dir = dp.world(), Path(sys.argv[1])
 (run_dir.parent / f"pid-{{comm.rank}}").write_text(str(os.getpid()))
@@ -298,12 +308,11 @@ def test_ctrl_c_twice_ends_at_once(jobs: Jobs) -> None:  # noqa: F811
     with jobs.start(*command("distprop run", 2, script(jobs), str(jobs.folder / "run")), SLOW="60") as process:
         await_job(process, (jobs.folder / "ready").exists)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        await_said(process, "SIGINT; the ranks write a checkpoint and stop; once more ends them at once")
         assert process.poll() is None  # the step has not ended
         process.send_signal(signal.SIGINT)
         done = finish(process, seconds=20)  # the step would take 60
     assert done.returncode == 130
-    assert "SIGINT; the ranks write a checkpoint and stop; once more ends them at once" in done.stderr
 
 
 def test_who_is_leaving_after_the_last_checkpoint_is_not_disturbed(
@@ -315,14 +324,18 @@ def test_who_is_leaving_after_the_last_checkpoint_is_not_disturbed(
     from distprop.launcher import Launcher
     watch = stopping.Watch(sys.argv[1])
     stopping.Report(watch._path).state(stopping.LEAVING)
-    command = (sys.executable, "-c", "import sys, time; print('ready', flush=True); time.sleep(1); sys.exit(75)")
+    leave = "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\\ntime.sleep(0.5); sys.exit(75)"
+    command = (sys.executable, "-c", f"import os, sys, time; print('ready', flush=True)\\n{leave}", sys.argv[2])
     launcher = Launcher("mpiexec", "mpich", "4.3.2")
     sys.exit(launch.run(launch.Job(2, command, {}, "", launcher=launcher), watch))
     """
-    with jobs.start(jobs.write(source), str(jobs.folder)) as process:
+    heard = jobs.folder / "heard"
+    with jobs.start(jobs.write(source), str(jobs.folder), str(heard)) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
+        await_said(process, "SIGINT; the ranks write a checkpoint and stop")
+        heard.touch()
         assert finish(process, seconds=15).returncode == 75
 
 
