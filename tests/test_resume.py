@@ -248,7 +248,9 @@ sys.path.insert(0, {tests!r})
 import distprop as dp
 from test_resume import dataset, make_trainer
 
-slow = lambda result: time.sleep(0.05)
+def slow(result):
+    time.sleep(60 if result.step == 20 and "to be killed" in sys.argv else 0.05)
+
 trainer = make_trainer(dp.world(), Path(sys.argv[1]), resume=True, checkpoint_every=2, callbacks=[slow])
 print("from step", trainer.step, flush=True)
 trainer.fit(dataset(), epochs=4, validation=dataset())
@@ -258,6 +260,8 @@ trainer.fit(dataset(), epochs=4, validation=dataset())
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (2, 1), (1, 3)])
 def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: int, tmp_path: Path) -> None:
     """Real processes, killed by SIGKILL in the middle of training and of writing."""
+    from test_launch import Jobs, wait_until  # not by those that import this module: it asks which MPI there is
+
     script = tmp_path / "job.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     run_dir = tmp_path / "run"
@@ -266,7 +270,11 @@ def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: i
         start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "distprop", "run", "-n", str(ranks)]
         return [*start, str(script), str(run_dir)]
 
-    job = subprocess.Popen(command(ranks_before), start_new_session=True, stdout=subprocess.DEVNULL)
+    jobs = Jobs(tmp_path)
+    environment = {**os.environ, "TEST_MARK": jobs.mark}
+    job = subprocess.Popen(
+        [*command(ranks_before), "to be killed"], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while len(list(run_dir.glob("checkpoints/step-*"))) < 3:
         assert job.poll() is None, "the job ended by itself"
@@ -274,8 +282,9 @@ def test_a_killed_job_resumes_to_the_same_bits(ranks_before: int, ranks_after: i
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait(20)
+    assert wait_until(lambda: not jobs.left(), 20), "its ranks still write into the folder"
     answer = subprocess.run(command(ranks_after), capture_output=True, text=True, timeout=100, check=True)
-    assert int(answer.stdout.split()[2]) >= 4
+    assert 4 <= int(answer.stdout.split()[2]) <= 20  # where it waited to be killed
 
     whole = make_trainer(SoloCommunicator(), tmp_path / "whole")
     whole.fit(dataset(), epochs=4, validation=dataset())
