@@ -543,6 +543,7 @@ def test_a_file_that_is_no_npz_is_refused_first(configured: Path, tmp_path: Path
 
 
 SCRIPT = """
+import os
 import sys
 import time
 import numpy as np
@@ -553,7 +554,8 @@ class Layer(nn.Linear):
     def forward(self, x):
         output = super().forward(x)
         bad = self.training and dp.world().rank == 1 and trainer.step + 1 == 6
-        time.sleep(0.5 * bad)  # the checkpoint of step 4 is written meanwhile
+        while bad and not os.path.exists(f"{sys.argv[1]}/checkpoints/step-000000004"):
+            time.sleep(0.01)  # it is written while training goes on
         return output * np.float32("inf") if bad else output
 
 np.random.seed(4)  # the old generator, one for the whole process
