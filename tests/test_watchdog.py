@@ -102,6 +102,16 @@ def test_a_rank_that_calls_something_else_is_the_culprit_at_once(operation: byte
     assert "as collective 6, where ranks 0, 2 called allreduce of 100 bytes" in verdict.reason
 
 
+def test_nobody_is_accused_of_another_call_before_most_ranks_agree() -> None:
+    found = ranks(inside=(2,))
+    found[1].enter(b"barrier", 0)
+    assert judge(sightings(found, 10), 120) is None  # rank 0 has not come yet
+    found[0].enter(b"allreduce", 100)
+    verdict = judge(sightings(found, 10), 120)
+    assert verdict is not None
+    assert verdict.culprits == (1,)
+
+
 def test_messages_of_different_lengths_may_be_gathered() -> None:
     found = ranks()
     for rank in found:
