@@ -41,7 +41,10 @@ FAULTS = {
         "forward pass",
         "is stopped .SIGSTOP. and does not answer, while rank [02] waits in collective .*6 s",
     ),
-    "hangs": ("forward pass", "no progress for [6-9] s, while rank [02] waits in collective .* the limit is 6 s"),
+    "hangs": (
+        "forward pass",
+        r"no progress for ([6-9]|\d\d) s, while rank [02] waits in collective .* the limit is 6 s",
+    ),
     "exits": ("end", r"has come to the end of its script or called sys\.exit\(\), while rank [02] waits for it"),
     "runs out of memory": ("forward pass", r"(numpy\..*)?\w*MemoryError"),
     "has a NaN gradient": ("reduction", "a gradient is not finite on rank 1 on .*, parameter 0.weight first"),
