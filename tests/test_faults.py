@@ -23,7 +23,7 @@ import distprop as dp
 from distprop import checkpoint
 from distprop.comm import SoloCommunicator
 from faults import job
-from test_launch import Jobs, finish, finish_bare, jobs, needs_mpi, nothing_said  # noqa: F401 - fixtures
+from test_launch import Jobs, finish, finish_bare, jobs, needs_mpi, nothing_said, wait_until  # noqa: F401 - fixtures
 
 SCRIPT = str(Path(job.__file__))
 RANK, STEP, TIMEOUT_SECONDS = 1, 7, 6
@@ -123,6 +123,7 @@ def test_a_bare_mpirun_ends_when_a_rank(fault: str, jobs: Jobs) -> None:  # noqa
     with start(jobs, 3, fault, str(RANK), str(STEP), bare=True, DISTPROP_TIMEOUT=str(TIMEOUT_SECONDS)) as process:
         done = finish_bare(process, jobs, seconds=100)
     seconds = time.time() - float((jobs.folder / "run/fault").read_text())
+    assert wait_until(lambda: not jobs.left())  # its launcher does not wait until the ranks that it kills are gone
     check_ended_well(jobs, done, fault, seconds)
 
 

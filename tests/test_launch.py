@@ -297,7 +297,8 @@ class Jobs:
         found = []
         for pid in self.pids():
             with contextlib.suppress(OSError):
-                found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                found += [command] if command else []  # it has ended since its environment was read
         return found
 
     def kill_left(self) -> None:
