@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,9 @@ def test_the_launcher_names_the_rank_that_died_first(looks: bool) -> None:
     for process in ranks:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    while len(witness._ranks) < 3 and time.monotonic() < deadline:  # a thread of its own has to be there in time
+        time.sleep(0.01)
     if looks:
         witness.look()
     for number in (1, 2, 0) if looks else (1,):
