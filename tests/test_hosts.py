@@ -85,6 +85,7 @@ case $1 in
     shut) echo "ssh: connect to host shut port 22: Connection refused" >&2; exit 255 ;;
     bare) shift; exec /bin/sh -c "exec /nowhere/python" ;;
     slow) sleep 60 ;;
+    dying) /bin/sh -c "$2"; echo "Connection to dying closed by remote host." >&2; exit 255 ;;
     *) echo "Welcome to $1"; echo "and to its motto" >&2; exec /bin/sh -c "$2" ;;
 esac
 """
@@ -172,8 +173,9 @@ def test_the_guard_kills_what_is_left_of_a_job_and_only_that() -> None:
 def test_the_guard_brings_here_what_a_rank_writes_and_hears_when_one_ends_the_job(tmp_path: Path) -> None:
     report = tmp_path / "report.json"  # the same file here and on the played host, so a copy is a new file
     with hosts.Guard([Host("a")], uuid.uuid4().hex, str(report)) as guard:
-        report.write_text("step 100")
-        written = report.stat().st_ino
+        with report.open("w") as file:
+            file.write("step 100")
+            written = os.fstat(file.fileno()).st_ino
         assert not guard.is_ending()
         guard.well = True
     assert report.read_text() == "step 100"
@@ -195,6 +197,34 @@ def test_the_guard_names_the_host_that_it_loses(capfd: pytest.CaptureFixture[str
             time.sleep(0.01)
     assert guard.lost == ["shut"]
     assert "lost host shut: ssh: connect to host shut port 22: Connection refused" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("ssh")
+def test_the_guard_hears_the_last_news_and_words_however_late_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watch, read = hosts.Guard._watch, session.Session._read_complaints
+
+    def late_watch(guard: hosts.Guard, of_host: session.Session) -> None:
+        of_host.wait()
+        time.sleep(1)
+        watch(guard, of_host)
+
+    def late_read(of_host: session.Session) -> None:
+        of_host.wait()
+        time.sleep(2 if of_host.name == "dying" else 0)
+        read(of_host)
+
+    monkeypatch.setattr(hosts.Guard, "_watch", late_watch)
+    monkeypatch.setattr(session.Session, "_read_complaints", late_read)
+    report = tmp_path / "report.json"
+    with hosts.Guard([Host("a")], uuid.uuid4().hex, str(report)), report.open("w") as file:
+        file.write("step 100")
+        written = os.fstat(file.fileno()).st_ino
+    assert report.stat().st_ino != written
+    with hosts.Guard([Host("dying")], uuid.uuid4().hex):
+        pass
+    assert "lost host dying: Connection to dying closed by remote host." in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- what each MPI is told

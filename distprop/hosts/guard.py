@@ -57,6 +57,7 @@ class Guard:
             session.close(wait_seconds=0)
         deadline = time.monotonic() + 10
         for session, watcher in zip(self._sessions, self._watchers, strict=True):
+            watcher.join(max(0.1, deadline - time.monotonic()))  # it reads the last news before the pipe is closed
             session.close(wait_seconds=max(0.1, deadline - time.monotonic()))
             watcher.join()
         with contextlib.suppress(OSError):

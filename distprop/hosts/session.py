@@ -26,6 +26,7 @@ from distprop.hosts.hostfile import Host, HostsError
 
 SSH = ("ssh", "-T", "-x", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 ANSWER_SECONDS = 60.0  # for a host that accepts the connection; a cold import over a network file system takes 20
+_WORDS_SECONDS = 5.0  # for the last words of an ssh that has ended; a connection it shares may hold their pipe open
 _NEEDED_TO_IMPORT = ("PYTHON", "MPI4PY_", "LD_LIBRARY_PATH")
 
 
@@ -98,7 +99,8 @@ class Session:
                     pipe.close()
 
     def complaint(self) -> str:
-        """The last line of standard error."""
+        """The last line of standard error, once the conversation has ended."""
+        self._reader.join(_WORDS_SECONDS)
         return next(reversed(self._complaints), "")
 
     def _kill(self) -> None:
@@ -122,7 +124,6 @@ class Session:
     def _why(self) -> str:
         """In words: no connection (ssh says 255), no such Python there (127), or what was last heard."""
         status = self._process.wait()
-        self._reader.join(1)
         heard = self.complaint()
         if status < 0:
             return f"no answer within {ANSWER_SECONDS:.0f} s"
