@@ -86,13 +86,13 @@ def test_the_table_names_hosts_and_is_short_where_all_is_well(capsys: pytest.Cap
     assert "cores on node7: take fewer" in text
 
 
-FACTS = {"hostname": "a1", "python": "3.11.2", "cores": 4, "memory": 2**30, "ahead": 0.01, "delay": 0.1}
+FACTS = {"hostname": "a1", "python": "3.11.2", "cores": 4, "memory": 2**30, "asked": 70.0, "time": 71, "answered": 78}
 
 
 def test_hosts_that_cannot_take_part_are_findings_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    answers = {"a": FACTS, "b": {**FACTS, "ahead": -30.0}}
+    answers = {"a": FACTS, "b": {**FACTS, "time": 40.0}}
     failures = {"c": "ssh: Connection refused; does an ssh server run there?", "d": "numpy is 2.0 there and 2.4 here"}
     monkeypatch.setattr(examination, "survey", lambda hosts: Survey(answers, failures, None))
     asked = []

@@ -76,6 +76,13 @@ def test_what_differs_on_a_host_is_said(other: dict[str, object], reason: str) -
     assert re.search(reason, compatibility._difference(FACTS, {**FACTS, **other}, 4))
 
 
+@pytest.mark.parametrize(
+    ("time", "said"), [(100, ""), (109, ""), (98.5, ""), (110.5, ""), (40, "60 s behind"), (112, "3 s ahead")]
+)
+def test_a_clock_is_off_by_what_the_wait_for_the_answer_does_not_explain(time: float, said: str) -> None:
+    assert hosts.clock_is_off({"asked": 100, "answered": 109, "time": time}) == said
+
+
 SSH = """#!/bin/sh
 # The host is the last argument but one, the command the last.
 while [ $# -gt 2 ]; do shift; done

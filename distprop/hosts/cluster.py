@@ -71,10 +71,7 @@ def cluster_of(hosts: Sequence[Host], found: Mapping[str, Mapping[str, Any]], ne
 
 
 def clock_is_off(facts: Mapping[str, Any]) -> str:
-    """By how much, if that is worth a word; empty otherwise."""
-    ahead = facts["ahead"]
-    return (
-        f"{abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
-        if abs(ahead) > CLOCK_SECONDS + facts["delay"]
-        else ""
-    )
+    """By how much at least, if that is worth a word; empty otherwise. It was read between question and answer."""
+    ahead, behind = facts["time"] - facts["answered"], facts["asked"] - facts["time"]
+    seconds = max(ahead, behind)
+    return f"{seconds:.0f} s {'ahead' if ahead > behind else 'behind'}" if seconds > CLOCK_SECONDS else ""

@@ -67,7 +67,6 @@ def survey(hosts: Sequence[Host], files: Sequence[str] = ()) -> Survey:
                 failures[host.name] = reason
             elif twin := next((name for name in found if _identity(found[name]) == _identity(answer)), None):
                 failures[host.name] = f"it is the same host as {twin}; give that one the slots of both"
-            answer["ahead"] = answer["time"] - mine["time"]  # asked at the same moment, give or take `delay`
             found[host.name] = answer
         if failures:
             return Survey(found, failures, None)

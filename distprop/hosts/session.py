@@ -65,7 +65,7 @@ class Session:
             self.write(request)
             answer = self.listen()
             if isinstance(answer, dict):
-                answer["delay"] = time.time() - begin
+                answer["asked"], answer["answered"] = begin, time.time()
             return self._why() if answer is None else answer
         finally:
             patience.cancel()
