@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from distprop import hosts, launch
-from distprop.hosts import Host, HostsError, compatibility, network, session
+from distprop.hosts import Host, HostsError, compatibility, network, probe, session
 from test_launch import needs_mpi
 
 
@@ -27,6 +29,18 @@ def test_one_network_for_all_is_preferred_to_the_fastest_of_each() -> None:
     assert network._common([[fast, lan], [lan]]) == (("10.0.0.0/24",), "eth0")
     assert network._common([[lan], [other_lan]]) == (("10.0.0.0/24",), None)
     assert network._common([[lan], [fast]]) == (("10.0.0.0/24", "10.9.0.0/16"), None)
+
+
+def test_a_host_that_is_reached_may_take_longer_to_greet_than_one_that_is_not_reached_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        late = threading.Timer(1, probe._greet, (listener, "a token"))
+        late.daemon = True
+        late.start()
+        peer = {"addresses": ["127.0.0.1"], "port": listener.getsockname()[1], "token": "a token"}
+        assert probe.connect([peer]) == [{"reached": ["127.0.0.1"], "refused": []}]
 
 
 def test_only_variables_that_matter_go_to_other_hosts() -> None:

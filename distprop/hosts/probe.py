@@ -27,6 +27,7 @@ from typing import Any
 
 MARK = "distprop-host "
 CONNECT_SECONDS = 3.0  # to an address that does not answer
+GREETING_SECONDS = 20.0  # from a process there, which may have to wait for a core or for its memory
 
 
 def main() -> None:
@@ -96,6 +97,7 @@ def connect(peers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def knock(answer: dict[str, Any], address: str, port: int, token: str) -> None:
         try:
             with socket.create_connection((address, port), CONNECT_SECONDS) as connection:
+                connection.settimeout(GREETING_SECONDS)
                 greeting = connection.recv(64).decode()
             if greeting == token:
                 answer["reached"].append(address)
