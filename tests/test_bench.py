@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from distprop import functional
 from distprop.bench import scaling
 from distprop.bench.allreduce import bench_allreduce
-from distprop.bench.ops import OperationTimes, cases, summary
+from distprop.bench.ops import OperationTimes, cases, show, summary
 from distprop.cli import main
 from distprop.comm import ThreadCommunicator, run_threads
 from distprop.data import ArrayDataset
@@ -184,6 +184,11 @@ def test_ops_times_operations_beside_a_copy() -> None:
     for name in ("max_pool2d 3x3 stride 2", "lstm"):
         assert re.search(rf"^{name} +\d+\.\d( +\d+\.\d{{3}}){{3}}", answer.output, re.MULTILINE)
     assert re.search(r"^2 operations", answer.output, re.MULTILINE)
+
+
+def test_the_columns_of_an_operation_stay_apart_however_long_it_was_held_up() -> None:
+    times = OperationTimes("f", 4.0, 30.0, 30.0, 30.0, 6e-3, 6e-3)
+    assert show(times).split() == ["f", "4.0", *["30000.000"] * 3, *["6.000"] * 2, "5000.00", "over", "2"]
 
 
 def test_ops_times_pytorch_on_one_thread_beside_ours(torch: Any) -> None:

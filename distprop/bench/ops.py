@@ -95,10 +95,10 @@ def bench_ops(names: Sequence[str] = (), repeats: int = 15) -> Iterator[Operatio
 
 def show(times: OperationTimes) -> str:
     """One line of the table."""
-    line = f"{times.name:<33}{times.megabytes:6.1f}{times.forward * 1e3:9.3f}{times.backward * 1e3:9.3f}"
-    line += f"{times.copy * 1e3:9.3f}"
+    line = f"{times.name:<33}{times.megabytes:6.1f} {times.forward * 1e3:8.3f} {times.backward * 1e3:8.3f}"
+    line += f" {times.copy * 1e3:8.3f}"
     if times.torch_forward is not None and times.torch_backward is not None and times.ratio is not None:
-        line += f"{times.torch_forward * 1e3:9.3f}{times.torch_backward * 1e3:9.3f}{times.ratio:7.2f}"
+        line += f" {times.torch_forward * 1e3:8.3f} {times.torch_backward * 1e3:8.3f} {times.ratio:6.2f}"
         line += "  over 2" if times.ratio > LIMIT else "  near 2" if times.ratio > NEAR else ""
     return line
 
