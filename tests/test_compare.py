@@ -89,7 +89,7 @@ def test_it_measures_on_one_and_two_ranks(torch: Any) -> None:
     figures = results["networks"]["mlp512"]
     for run in ("torch1", "distprop1", "torch2", "distprop2"):
         assert min(figures[run]["steps_in_turns"]) > 0
-        assert figures[run]["first_step_seconds"] > min(figures[run]["steps_in_turns"])
+        assert figures[run]["first_step_seconds"] > min(figures[run]["steps_in_turns"])  # one may have been held up
         assert figures[run]["peak_bytes"] > 10e6
     shown = table.show(results)
     assert "MLP 784-512-512-10" in shown

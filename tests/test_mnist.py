@@ -316,11 +316,9 @@ def test_a_silent_mirror_is_given_up(mirror, cache, monkeypatch):
     monkeypatch.setattr(mnist, "MIRRORS", (mirror.url,))
     monkeypatch.setattr(mnist, "STALL_SECONDS", 0.05)
     given_up = threading.Event()
-    mirror.before_answer = lambda: given_up.wait(60) or answered.append(True)
-    answered = []
-    with pytest.raises(OSError, match="timed out"):
+    mirror.before_answer = lambda: given_up.wait(20)
+    with pytest.raises(OSError, match="timed out"):  # and not, after a while, an answer
         load_mnist()
-    assert not answered
     given_up.set()
 
 
