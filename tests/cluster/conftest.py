@@ -4,14 +4,17 @@ DISTPROP_REQUIRE_DOCKER=1, as in CI.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pathlib
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from containers import HERE, NODES, ROOT, Compose, Hosts
+from containers import HERE, LIMIT_SECONDS, NODES, ROOT, Compose, Hosts
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +38,37 @@ def missing(what: str) -> None:
 
 @pytest.fixture(scope="session")
 def built(docker_compose: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The image that docker-compose.yml uses."""
-    compose = Compose(docker_compose, "distprop-build", tmp_path_factory.mktemp("build"))
-    compose.check("build", "setup")
+    """The images of docker-compose.yml and of the tests, which are built once for all processes that run tests; and
+    nothing is left of tests that were killed.
+    """
+    with open(tmp_path_factory.getbasetemp().parent / "distprop-images", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_abandoned()
+        compose = Compose(docker_compose, "distprop-build", tmp_path_factory.mktemp("build"))
+        downloading(lambda: compose.run("build", "setup"))
+        build_image("distprop-build", ROOT / "launch/Dockerfile", "--target", "build")
+        build_image("distprop-mpis", HERE / "Dockerfile")
+
+
+def remove_abandoned() -> None:
+    """Containers, networks and volumes of tests whose process, by the number in their names, has ended."""
+    for kind, *options in (("container", "--all", "--format={{.Names}}"), ("network",), ("volume",)):
+        listing = ["docker", kind, "ls", *(options or ["--format={{.Name}}"])]
+        for name in subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split():
+            found = re.match(r"distprop-(?:demo|hosts)-(\d+)[-_]", name)
+            if found and has_ended(int(found[1])):
+                command = ["docker", kind, "rm", *([] if kind == "network" else ["--force"]), name]
+                subprocess.run(command, capture_output=True)  # it fails where another process does it as well
+
+
+def has_ended(number: int) -> bool:
+    """Whether the process that had this number is gone: there is none, or it is this one, which has just begun."""
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return True
+    return number == os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +86,6 @@ def compose(
 @pytest.fixture(scope="session")
 def hosts(built: None, docker_compose: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """Four hosts with every MPI, up for all tests that type commands there."""
-    build_image("distprop-build", ROOT / "launch/Dockerfile", "--target", "build")
-    build_image("distprop-mpis", HERE / "Dockerfile")
     folder = tmp_path_factory.mktemp("hosts")
     folder.chmod(0o755)
     for name in ("runs", "scripts"):
@@ -73,5 +102,16 @@ def hosts(built: None, docker_compose: tuple[str, ...], tmp_path_factory: pytest
 def build_image(name: str, file: pathlib.Path, *options: str) -> None:
     command = ["docker", "build", "--quiet", "-t", name, "-f", str(file), *options]
     command += ["--build-arg", f"PIP_INDEX_URL={os.environ.get('PIP_INDEX_URL', '')}", str(ROOT)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    downloading(
+        lambda: subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=2 * LIMIT_SECONDS
+        )
+    )
+
+
+def downloading(build: Callable[[], subprocess.CompletedProcess[str]]) -> None:
+    """Build with what apt and pip download; a second time where that has failed."""
+    done = build()
+    if done.returncode:
+        done = build()
     assert done.returncode == 0, done.stdout

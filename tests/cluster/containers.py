@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 NODES = ("node1", "node2", "node3", "node4")
+LIMIT_SECONDS = 300.0  # for a command that hangs otherwise
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Compose:
     folder: Path
     additions: tuple[str, ...] = ()
 
-    def run(self, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Its output has standard error in it; the status is for the caller to judge."""
         files = [ROOT / "docker-compose.yml", *(HERE / name for name in self.additions)]
         options = [word for file in files for word in ("-f", str(file))]
@@ -33,7 +34,7 @@ class Compose:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
+            timeout=2 * LIMIT_SECONDS,  # perhaps with a build
         )
 
     def check(self, *arguments: str, **environment: str) -> str:
@@ -53,26 +54,23 @@ class Hosts:
     containers: dict[str, str]
     scripts: Path
 
-    def on(
-        self, name: str, *command: str, options: Sequence[str] = (), timeout: float = 60
-    ) -> subprocess.CompletedProcess[str]:
+    def on(self, name: str, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """Run a command on a host."""
         docker = ["docker", "exec", *options, self.containers[name], *command]
-        return subprocess.run(docker, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(docker, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
     def distprop(
-        self, *arguments: str, mpi: str = "distprop", options: Sequence[str] = (), timeout: float = 60
+        self, *arguments: str, mpi: str = "distprop", options: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
         """The command on the launcher, with one of the MPIs."""
-        return self.on(
-            "launcher", f"/opt/{mpi}/bin/python", "-m", "distprop", *arguments, options=options, timeout=timeout
-        )
+        return self.on("launcher", f"/opt/{mpi}/bin/python", "-m", "distprop", *arguments, options=options)
 
     def left(self) -> list[str]:
         """What runs on the hosts besides their ssh servers and those logged in to wait for nothing."""
         found = []
         for name in NODES:
-            lines = self.on(name, "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; echo").stdout
+            done = self.on(name, "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; echo")
+            assert done.returncode == 0, done.stderr  # only a host that runs can say that nothing is left there
             words = ("distprop.rank", "prted", "orted", "hydra_pmi_proxy", "json.loads")
-            found += [f"{name}: {word}" for word in words if word in lines]
+            found += [f"{name}: {word}" for word in words if word in done.stdout]
         return found

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from containers import NODES, ROOT, Hosts
+from containers import LIMIT_SECONDS, NODES, ROOT, Hosts
 
 MPIS = {"distprop": "Open MPI 5", "openmpi4": "Open MPI 4.1", "mpich5": "MPICH 5", "mpich4": "MPICH 4"}
 REPORT = """
@@ -44,7 +44,8 @@ from distprop.comm import world
 comm = world()
 print("ready", comm.rank, flush=True)
 if len(sys.argv) > 1 and comm.rank == int(sys.argv[1]):
-    time.sleep(1)
+    while not os.path.exists("scripts/all-are-there"):
+        time.sleep(0.1)
     raise ValueError("boom")
 if comm.rank == 0:
     comm.barrier()
@@ -81,15 +82,18 @@ def test_ranks_run_where_they_are_told_with_what_they_need(mpi: str, hosts: Host
 
 
 def start(hosts: Hosts, mpi: str, *arguments: str) -> subprocess.Popen[str]:
-    """A job on three hosts whose ranks are all there."""
-    command = ["docker", "exec", hosts.containers["launcher"], "timeout", "40"]
+    """A job on three hosts whose ranks are all there, which they learn as well."""
+    there = hosts.scripts / "all-are-there"
+    there.unlink(missing_ok=True)
+    command = ["docker", "exec", hosts.containers["launcher"], "timeout", "100"]
     command += [f"/opt/{mpi}/bin/python", "-m", "distprop"]
     command += ["run", "--hosts", "node1:2,node2,node3", "scripts/stuck.py", *arguments]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert job.stdout
     for _ in range(4):
         line = job.stdout.readline()
-        assert line.startswith("ready"), line + job.communicate(timeout=30)[1]
+        assert line.startswith("ready"), line + job.communicate()[1]
+    there.touch()
     return job
 
 
@@ -163,7 +167,7 @@ def test_a_host_that_is_lost_ends_the_job_and_is_named(mpi: str, hosts: Hosts) -
     assert job.returncode not in (0, None)
     assert "lost host node3" in complaint
     assert wait_until(lambda: not hosts.left()), hosts.left()
-    assert wait_until(lambda: hosts.on("node3", "ssh", "localhost", "true").returncode == 0)
+    assert wait_until(lambda: hosts.on("node3", "ssh", "localhost", "true").returncode == 0, LIMIT_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------ hosts that do not fit
