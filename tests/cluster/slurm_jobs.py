@@ -95,16 +95,20 @@ class Job:
             self.fail(f"it should have ended as {state}")
         return self.output()
 
-    def start_again(self) -> None:
-        """Once it is back in the queue: now, where Slurm leaves it for two minutes."""
-        update = ["scontrol", "update", f"jobid={self.number}", "StartTime=now"]
+    def update(self, setting: str) -> None:
+        """Change what `scontrol update job` can, such as its TimeLimit, which only operators of Slurm may raise."""
+        command = ["scontrol", "update", f"jobid={self.number}", setting]
+        subprocess.run(command, capture_output=True, timeout=60)
 
+    def start_again(self, *settings: str) -> None:
+        """Once it is back in the queue: with these settings and now, where Slurm leaves it for two minutes."""
         self.wait_for(lambda: self.says("JobState") == "PENDING", "its return into the queue")
         time.sleep(2)  # a node refuses to start a job that it has killed in the same second
 
         def has_begun() -> bool:
             if self.says("JobState") == "PENDING":  # and perhaps still ending, which makes Slurm forget the time
-                subprocess.run(update, capture_output=True, timeout=60)
+                for setting in (*settings, "StartTime=now"):
+                    self.update(setting)
             return self.says("JobState") not in ("PENDING", "COMPLETING")
 
         self.wait_for(has_begun, "its next start")
