@@ -109,9 +109,10 @@ def launcher_flags(
 def launcher_environment(library: mpi.Library, ranks: int, cores: int, reads_peers: bool = True) -> dict[str, str]:
     """What is said to the library in variables instead; the user's own setting of one wins."""
     wanted = {}
-    if library.vendor == "mpich" and ranks > cores:
-        # A waiting rank sleeps instead of spinning. 8 ranks on 2 cores: 40 ms a step instead of 200 (4.3), 7-11
-        # instead of 16 (5.0). With a core for each rank it would cost 13 ms a step.
+    if library.vendor == "mpich" and ranks > cores * (2 if major_version(library.version) >= 5 else 1):
+        # A waiting rank sleeps instead of spinning. A step of 3, 4 and 8 ranks on 2 cores: 2.6, 5.2 and 8.7 ms instead
+        # of 16, 24 and 72 (4.3); 5.0 gives way by itself, 3.2, 3.0 and 8.7 ms instead of 2.3, 2.5 and 11.5. With a core
+        # for each rank it would cost 13 ms a step.
         wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
     if library.vendor == "mpich" and not reads_peers:
         wanted["MPIR_CVAR_CH4_CMA_ENABLE"] = "0"  # 5.0 aborts at the first large message otherwise

@@ -129,6 +129,14 @@ def test_more_ranks_than_cores_is_said_and_makes_mpich_yield(script: str) -> Non
     assert job.advice == "5 ranks share 4 cores: correct, but slow"
 
 
+@pytest.mark.parametrize(("version", "ranks", "sleeps"), [("4.3.2", 5, True), ("5.0.2", 8, False), ("5.0.2", 9, True)])
+def test_waiting_ranks_of_mpich_5_sleep_only_when_there_are_more_than_two_for_each_core(
+    version: str, ranks: int, sleeps: bool
+) -> None:
+    wanted = launcher.launcher_environment(Library("mpich", version, MPICH.path), ranks, 4)
+    assert ("MPIR_CVAR_ENABLE_HEAVY_YIELD" in wanted) == sleeps
+
+
 @pytest.mark.usefixtures("with_mpich")
 def test_more_ranks_than_the_memory_holds_are_refused(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "free_memory", lambda: 10**9)
