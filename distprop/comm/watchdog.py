@@ -210,7 +210,7 @@ def _disagreement(known: Sequence[Snapshot]) -> Verdict | None:
     for number in sorted({number for snapshot in known for number in snapshot.ring}):
         calls = {s.rank: _comparable(*s.ring[number]) for s in known if number in s.ring}
         if len(set(calls.values())) > 1:
-            (commonest, count), (_, next_count), *_ = Counter(calls.values()).most_common(2)
+            (commonest, count), (_, next_count) = Counter(calls.values()).most_common(2)
             if count == next_count and len(calls) < known[0].size:
                 return None  # ranks that come later will tell who is wrong
             odd = tuple(rank for rank, call in calls.items() if call != commonest)
