@@ -7,7 +7,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from distprop.comm import SoloCommunicator, recorder
 from distprop.comm.recorder import BACKWARD, RING, Record
 from distprop.witness import Witness
+from test_launch import wait_until
 
 
 def test_the_ring_keeps_the_last_collectives() -> None:
@@ -100,9 +100,7 @@ def test_the_launcher_names_the_rank_that_died_first(looks: bool) -> None:
     for process in ranks:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 60
-    while len(witness._ranks) < 3 and time.monotonic() < deadline:  # a thread of its own has to be there in time
-        time.sleep(0.01)
+    assert wait_until(lambda: len(witness._ranks) == 3, 60)  # a thread of its own has to be there in time
     if looks:
         witness.look()
     for number in (1, 2, 0) if looks else (1,):
