@@ -16,8 +16,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from distprop.allocator import aligned_empty
-from distprop.functional.pointwise import CHUNK
 from distprop.functional.short_buffers import short_buffers
+from distprop.pieces import CHUNK
 
 MILLION, PIECE, TURNS = 1 << 20, CHUNK // 2, 25
 

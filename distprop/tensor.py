@@ -13,6 +13,8 @@ from typing import Any, TypeAlias, Union
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from distprop.allocator import aligned_like
+from distprop.pieces import compact, in_pieces, laid_out_as, like
 from distprop.rows import add_rows
 from distprop.tape import Array, Node, Out, VectorJacobianProduct, gradients_needed, node_for, sum_to, walk_back
 
@@ -276,15 +278,21 @@ class Tensor:
 
     def sigmoid(self) -> Tensor:
         """1 / (1 + e^−x); derivative σ(1 − σ)."""
-        value = sigmoid_of(self.data)
+        x = compact(self.data if self.dtype.kind == "f" else self.data.astype(np.float64))
+        value = aligned_like(x)
+        in_pieces(sigmoid_of, x, value)
 
-        def derivative(g: Array) -> Array:
-            d = np.asarray(1 - value)
-            d *= value
+        def derivative(g: Array, s: Array, d: Array) -> None:
+            np.subtract(1, s, out=d)
+            d *= s
             d *= g
-            return d
 
-        return _elementwise(value, (self, derivative))
+        def vjp(grad: Array, out: Out) -> list[Array]:
+            gradient = like(value, out[0])
+            in_pieces(derivative, laid_out_as(value, grad), value, gradient)
+            return [gradient]
+
+        return record(value, (self,), vjp)
 
     def relu(self) -> Tensor:
         """max(x, 0); the derivative at 0 counts as 0."""

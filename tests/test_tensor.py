@@ -259,6 +259,12 @@ def test_numbers_do_not_widen_a_tensor(number, dtype):
         assert value.dtype == dtype
 
 
+def test_functions_of_integers_are_float64():
+    for value in (tensor([0, 1]).exp(), tensor([0, 1]).sigmoid()):
+        assert value.dtype == np.float64
+    np.testing.assert_allclose(tensor([0, 1]).sigmoid().data, [0.5, 1 / (1 + np.exp(-1))], rtol=1e-15)
+
+
 def test_a_gradient_has_the_dtype_of_its_leaf():
     narrow, wide = Tensor(np.ones(2, np.float32), True), Tensor(np.ones(2), True)
     product = narrow * wide

@@ -9,9 +9,10 @@ import numpy as np
 from distprop.allocator import aligned_like
 from distprop.functional.check import floating, valid_axis
 from distprop.functional.normal import StandardNormal
-from distprop.functional.pointwise import CHUNK, pointwise, row_sums, rowwise
+from distprop.functional.pointwise import pointwise, row_sums, rowwise
+from distprop.pieces import CHUNK
 from distprop.tape import Array
-from distprop.tensor import Operand, Tensor, as_tensor, sigmoid_of
+from distprop.tensor import Operand, Tensor, as_tensor
 
 _GELU_PIECE = CHUNK // 2  # it works with seven arrays more of this size
 
@@ -125,13 +126,7 @@ def silu(input: Operand) -> Tensor:
 
 def sigmoid(input: Operand) -> Tensor:
     """σ(x) = 1/(1 + e^−x). Derivative: σ(1 − σ), at most 1/4: a chain of these makes gradients vanish."""
-
-    def derivative(g: Array, x: Array, y: Array, out: Array) -> None:
-        np.subtract(1, y, out=out)
-        out *= y
-        out *= g
-
-    return pointwise(_float("sigmoid", input), sigmoid_of, derivative)
+    return _float("sigmoid", input).sigmoid()
 
 
 def tanh(input: Operand) -> Tensor:

@@ -14,7 +14,8 @@ import numpy as np
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.activation import log1p_of
 from distprop.functional.check import class_indices, floating
-from distprop.functional.pointwise import in_pieces, in_rows, row_sums
+from distprop.functional.pointwise import in_rows, row_sums
+from distprop.pieces import in_pieces
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record, sigmoid_of
 
