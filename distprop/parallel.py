@@ -201,14 +201,8 @@ class DataParallel:
             return self.module(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients; the next backward pass overwrites them.
-
-        With `set_to_none` False they become zeros. To throw away passes made inside `no_sync()` like that, call this
-        and not the optimizer's or the module's: their examples must be forgotten as well.
-        """
+        """Forget all gradients; the next backward pass overwrites them. With `set_to_none` False they become zeros."""
         clear_gradients(self._trained, set_to_none)
-        if not set_to_none:
-            self._examples, self._backwards, self._kept = 0.0, 0, None
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
@@ -287,7 +281,7 @@ class DataParallel:
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
-        if self._backwards and not any(parameter.has_grad for parameter in self._trained):
+        if self._backwards and self._untouched():
             self._examples, self._backwards, self._kept = 0.0, 0, None  # zero_grad() threw the passes so far away
         fresh = self._backwards == 0 and self._kept is None
         if fresh and any(parameter.has_grad for parameter in self._trained):
@@ -313,8 +307,12 @@ class DataParallel:
             self._passengers.after_backward(examples, examples / self.expected_examples)
         if self._syncing and self._tree is None:
             self._reduce()
-        elif not any(parameter.has_grad for parameter in self._trained):
+        elif self._untouched():
             fill_missing(self._trained)  # no examples here; None is what zero_grad() leaves
+
+    def _untouched(self) -> bool:
+        """Whether no gradient has come since `zero_grad()`, or ever."""
+        return not any(parameter.has_grad and not parameter.zeroed for parameter in self._trained)
 
     def end_shard(self) -> None:
         """With `shards`: the backward passes since the last call were those of this rank's next shard."""

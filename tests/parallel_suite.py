@@ -325,18 +325,43 @@ def assert_thrown_away(comm: Communicator, forget: Callable[[DataParallel], None
     assert_gradients(model, expected_gradients(x, y))
 
 
+ZERO_GRAD = {  # whose
+    "DataParallel": lambda parallel: parallel.zero_grad,
+    "the module": lambda parallel: parallel.module.zero_grad,
+    "an optimizer": lambda parallel: optim.SGD(parallel.parameters(), lr=0.1).zero_grad,
+}
+
+
 @suite.scenario()
 def zero_grad_throws_away_what_was_accumulated(comm: Communicator) -> None:
-    assert_thrown_away(comm, lambda parallel: parallel.module.zero_grad())
+    for of in ZERO_GRAD.values():
+        assert_thrown_away(comm, lambda parallel, of=of: of(parallel)())
 
 
 @suite.scenario()
 def zero_grad_to_zeros_throws_away_what_was_accumulated(comm: Communicator) -> None:
-    def forget(parallel: DataParallel) -> None:
-        parallel.zero_grad(set_to_none=False)
+    def forget(parallel: DataParallel, of: Callable[[DataParallel], Callable[..., None]]) -> None:
+        of(parallel)(set_to_none=False)
         assert not any(parameter.grad is None or parameter.grad.any() for parameter in parallel.parameters())
 
-    assert_thrown_away(comm, forget)
+    for of in ZERO_GRAD.values():
+        assert_thrown_away(comm, lambda parallel, of=of: forget(parallel, of))
+
+
+@suite.scenario()
+def a_rank_without_examples_counts_its_passes_after_zero_grad_to_zeros_too(comm: Communicator) -> None:
+    mine, total = uneven(comm)
+    x, y = rows(total)
+    model = make_model()
+    parallel = DataParallel(model, comm)
+    F.mse_loss(parallel(x[mine]), y[mine]).backward()
+    model.zero_grad(set_to_none=False)
+    for context in (parallel.no_sync(), nullcontext()):
+        with context:
+            loss = F.mse_loss(parallel(x[mine]), y[mine]) / 2 if len(x[mine]) else tensor(0.0)
+            parallel.backward(loss, examples=len(x[mine]))
+    assert parallel.received["examples"] == 2 * total
+    assert_gradients(model, expected_gradients(x, y))
 
 
 @suite.scenario()
