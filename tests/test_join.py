@@ -143,6 +143,20 @@ def test_pieces_are_views_and_a_parameter_can_be_split():
     assert not constant[0].requires_grad
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_walk_through_another_piece_afterwards(leaf):
+    """Behind an operation it is a second walk through that one; a leaf adds up."""
+    x = Parameter(np.ones(4))
+    first, second = F.split(x if leaf else x * x, 2)
+    (first * 2).sum().backward()
+    if leaf:
+        (second * 3).sum().backward()
+        np.testing.assert_array_equal(x.grad, [2, 2, 3, 3])
+    else:
+        with pytest.raises(RuntimeError, match="a second time"):
+            (second * 3).sum().backward()
+
+
 def test_the_gradient_of_a_piece_is_computed_into_one_array():
     """Attention splits its projections in three; three arrays of the whole size would cost as much again."""
     arrays = []

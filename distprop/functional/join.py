@@ -84,17 +84,18 @@ def split(input: Operand, split_size_or_sections: int | Sequence[int], dim: int 
             raise ValueError(
                 f"split got lengths {sections} for dim {axis} of shape {x.shape}; they must add up to {count}"
             )
-    whole = record(x.data, (x,), lambda grad, out: [grad])  # the pieces' common source, which nothing else can use
-    gathered: list[Array] = []
+    # the pieces' common source, which nothing else can use: what its node has received is theirs to write into
+    whole = x if x.node is None else record(x.data, (x,), lambda grad, out: [grad])
+    source = whole.node
 
     def piece(index: tuple[slice, ...]) -> Tensor:
         def vjp(grad: Array, out: Out) -> list[Array | None]:
-            if gathered:
-                gathered[0][index] = grad
+            if source is not None and source.grad is not None:
+                source.grad[index] = grad
                 return [None]
-            gathered.append(np.zeros(x.shape, x.dtype))
-            gathered[0][index] = grad
-            return [gathered[0]]
+            dx = np.zeros(x.shape, x.dtype)
+            dx[index] = grad
+            return [dx]
 
         return record(x.data[index], (whole,), vjp)
 
