@@ -106,6 +106,16 @@ def test_ids_outside_the_table_are_named(numbers, error, message):
         nn.Embedding(5, 2)(np.array(numbers))
 
 
+@pytest.mark.parametrize(("count", "dtype"), [(256, "uint8"), (300, "int8"), (128, "int8"), (70000, "uint16")])
+def test_take_with_numbers_whose_type_is_too_small_for_the_length(count, dtype):
+    x = Tensor(np.arange(2.0 * count).reshape(count, 2), requires_grad=True)
+    numbers = np.array([0, 5, np.iinfo(dtype).max], dtype) if dtype[0] == "u" else np.array([-100, 5, 127], dtype)
+    taken = F.take(x, numbers, 0)
+    np.testing.assert_array_equal(taken.data, x.data[numbers])
+    taken.sum().backward()
+    np.testing.assert_array_equal(np.flatnonzero(x.grad[:, 0]), np.sort(numbers.astype(int) % count))
+
+
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"\(num_embeddings, embedding_dim\), got \(3,\)"):
         F.embedding([0], np.ones(3))

@@ -62,7 +62,8 @@ def take(input: Operand, indices: Operand, dim: int | None = None) -> Tensor:
     axis = None if dim is None else dim % x.ndim
     count = x.data.size if axis is None else x.shape[axis]
     check_indices("take", index, count, negative=True)
-    wrapped = np.where(index < 0, index + count, index).astype(np.intp)
+    wrapped = index.astype(np.intp)
+    wrapped[wrapped < 0] += count
 
     def vjp(grad: Array, out: Out) -> list[Array]:
         if not index.size:
