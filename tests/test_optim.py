@@ -263,6 +263,52 @@ def test_bad_parameters_are_refused():
             SGD(wrong, lr=0.1)
     with pytest.raises(TypeError, match="unknown option momentun; there are lr, momentum"):
         SGD([{"params": [p], "momentun": 0.9}], lr=0.1)
+    with pytest.raises(ValueError, match="parameter group 1 has no 'params', only lr"):
+        SGD([{"params": [p]}, {"lr": 0.1}])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+def test_a_group_that_is_added_later_counts_its_updates_from_there_as_in_pytorch(name, torch):
+    options = {"SGD": {"momentum": 0.9, "dampening": 0.5}, "Adam": {"weight_decay": 0.1}, "RMSprop": {"centered": True}}
+    results = []
+    for library, make in (
+        (optim, lambda values: Parameter(values.copy())),
+        (torch.optim, lambda values: torch.nn.Parameter(torch.tensor(values))),
+    ):
+        first, second = make(np.linspace(-1, 1, 6)), make(np.linspace(2, 3, 4).reshape(2, 2))
+        optimizer = getattr(library, name)([first], lr=0.1, **options[name])
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group({"params": second, "lr": 0.05})
+            for parameter in (first, second):
+                parameter.grad = parameter.data * (step + 1)
+            optimizer.step()
+        results.append([first.data.tolist(), second.data.tolist(), len(optimizer.param_groups)])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+
+
+def test_a_group_that_is_added_goes_through_the_state():
+    def make(count):
+        optimizer = optim.Adam([parameters[0]])
+        for parameter in parameters[1:count]:
+            optimizer.add_param_group({"params": [parameter], "lr": 0.5})
+        return optimizer
+
+    parameters = [Parameter(np.ones(3)), Parameter(np.ones((2, 2)))]
+    before = make(1)
+    parameters[0].grad = 1
+    before.step()
+    before.add_param_group({"params": [parameters[1]], "lr": 0.5})
+    after = make(2)
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict()["missed"] == before.state_dict()["missed"] == [0, 1]
+    with pytest.raises(ValueError, match="was given twice"):
+        after.add_param_group({"params": [parameters[1]]})
+    with pytest.raises(ValueError, match="eps must be 0 or more"):
+        after.add_param_group({"params": [Parameter(np.ones(1))], "eps": -1})
+    assert len(after.param_groups) == 2
+    assert len(after.parameters) == 2
 
 
 @pytest.mark.parametrize("in_groups", [False, True])

@@ -349,6 +349,7 @@ def test_a_state_that_does_not_fit_is_refused_with_every_reason_and_changes_noth
         ("steps is -1, expected 0 or more", {"steps": -1}),
         (r"missed is \[0, 0\], expected 6 numbers up to 3", {"missed": [0, 0]}),
         ("missed is None", {"missed": None}),
+        ("steps is -1, expected 0 or more; 0.exp_avg: mis.*9.exp_avg: unexpected", {"steps": -1, "arrays": wrong}),
         (r"missed is \[4,", {"missed": [4, 0, 0, 0, 0, 0]}),
         ("group 0: eps must be 0 or more, got -1", {"param_groups": [first | {"eps": -1}, second]}),
         ("group 1: .*got nan.*0.exp_avg: mis", {"param_groups": [first, second | {"eps": math.nan}], "arrays": wrong}),
@@ -434,6 +435,12 @@ def test_decay_groups_are_matrices_and_the_rest():
         assert [p.shape for p in rest.pop("params")] == [(4,), (2,)]
         assert (decaying, rest) == ({"weight_decay": 0.1}, {"weight_decay": 0.0, "adapt": False})
     assert [len(group["params"]) for group in decay_groups([Parameter(np.ones(3))], 0.1)] == [1]
+
+
+def test_no_bias_decays_however_many_axes_it_has():
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    decaying, _ = decay_groups(attention, 0.1)
+    assert decaying["params"] == [attention.in_proj_weight, attention.out_proj.weight]
 
 
 @pytest.mark.parametrize(

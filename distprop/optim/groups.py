@@ -25,7 +25,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels, which decay, and biases and the parameters of norms, which do not.
 
-    The latter have fewer than 2 axes, or belong to a norm over several axes where a module is given.
+    The latter have fewer than 2 axes; where a module is given, also those of norms over several axes, and what is
+    called a bias, such as `MultiheadAttention`'s `bias_k`.
 
     >>> from distprop import nn
     >>> groups = decay_groups(nn.Linear(3, 2), 0.01)
@@ -39,12 +40,15 @@ def decay_groups(
     """
     several = list(parameters.parameters() if isinstance(parameters, HasParameters) else parameters)
     model = getattr(parameters, "module", parameters)  # of DataParallel
-    modules = model.modules() if isinstance(model, Module) else ()
-    norms = {id(p) for module in modules if isinstance(module, LayerNorm | RMSNorm) for p in module.parameters()}
+    spared: set[int] = set()
+    if isinstance(model, Module):
+        norms = (module for module in model.modules() if isinstance(module, LayerNorm | RMSNorm))
+        spared.update(id(p) for norm in norms for p in norm.parameters())
+        spared.update(id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("bias"))
     decaying: list[Parameter] = []
     rest: list[Parameter] = []
     for parameter in several:
-        (decaying if parameter.ndim >= 2 and id(parameter) not in norms else rest).append(parameter)
+        (decaying if parameter.ndim >= 2 and id(parameter) not in spared else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0, **others},
@@ -56,11 +60,13 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
     """Groups with all options filled in.
 
     Raises:
-        ValueError: no parameters, or one given twice.
+        ValueError: no parameters, or one given twice, or a group without "params".
         TypeError: something that is not a parameter, or an unknown option.
     """
     given: list[Any] = list(params)
     if given and all(isinstance(item, Mapping) for item in given):
+        if unnamed := [number for number, group in enumerate(given) if "params" not in group]:
+            raise ValueError(f"parameter group {unnamed[0]} has no 'params', only {', '.join(given[unnamed[0]])}")
         groups = [{**defaults, **group, "params": _without_names(group["params"])} for group in given]
     else:
         groups = [{**defaults, "params": _without_names(given)}]
@@ -84,6 +90,8 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
     return groups
 
 
-def _without_names(params: Iterable[Any]) -> tuple[Any, ...]:
-    """The parameters where pairs of a name and a parameter are given, as by `named_parameters()`."""
+def _without_names(params: Parameter | Iterable[Any]) -> tuple[Any, ...]:
+    """One parameter or several, which may be given as pairs of a name and a parameter, as by `named_parameters()`."""
+    if isinstance(params, Parameter):
+        return (params,)
     return tuple(item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params)

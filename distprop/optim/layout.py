@@ -80,10 +80,15 @@ class FlatState:
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self.parameters = parameters
+        self.parameters = list(parameters)
         self.arrays: list[dict[str, Array]] = [{} for _ in parameters]
         self._arranged_for: object = None
         self._places: dict[tuple[int, str], tuple[Array, int]] = {}
+
+    def add(self, parameters: Sequence[Parameter]) -> None:
+        """More parameters, behind those that there are."""
+        self.parameters += parameters
+        self.arrays += [{} for _ in parameters]
 
     def arrange(
         self, order: Sequence[int], names: Sequence[Sequence[str]], initial: Callable[[int, str], ArrayLike]

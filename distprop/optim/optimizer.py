@@ -53,6 +53,7 @@ class Optimizer:
 
     def __init__(self, params: ParameterGroups, **defaults: Any) -> None:
         self.steps = 0
+        self._defaults = defaults
         self.param_groups = filled_groups(params, defaults)
         for group in self.param_groups:
             self._check(group)
@@ -68,6 +69,19 @@ class Optimizer:
     def parameters(self) -> list[Parameter]:
         """All parameters of all groups."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Train more parameters, such as those of layers that were frozen; their updates count from the next step on.
+
+        Raises:
+            ValueError, TypeError: as by the constructor; nothing has been changed then.
+        """
+        added = filled_groups([*self.param_groups, group], self._defaults)[-1]
+        self._check(added)
+        self.param_groups.append(added)
+        self._members = self.parameters
+        self._state.add(added["params"])
+        self._missed += [self.steps] * len(added["params"])
 
     @property
     def lr(self) -> float:

@@ -74,11 +74,12 @@ def loaded_arrays(
     arrays: list[dict[str, Array]] = [{} for _ in parameters]
     saved, problems = state["arrays"], counting_problems(state["steps"], state["missed"], len(parameters))
     if not isinstance(saved, Mapping):
-        problems.append("arrays is not a mapping")
-    if problems:
-        return arrays, problems
+        return arrays, [*problems, "arrays is not a mapping"]
+    counted = not problems
     for i, (parameter, own_names) in enumerate(zip(parameters, names, strict=True)):
-        never_updated = state["missed"][i] == state["steps"] and not any(f"{i}.{name}" in saved for name in own_names)
+        never_updated = (
+            counted and state["missed"][i] == state["steps"] and not any(f"{i}.{name}" in saved for name in own_names)
+        )
         for name in () if never_updated else own_names:
             key = f"{i}.{name}"
             array = np.asarray(saved.get(key))
