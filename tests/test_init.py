@@ -77,11 +77,22 @@ def test_the_layout_decides_which_fan_is_in(torch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("linear",), ("sigmoid",), ("tanh",), ("relu",), ("leaky_relu",), ("leaky_relu", 0.3), ("selu",)],
+    [
+        ("linear",),
+        ("conv1d",),
+        ("conv2d",),
+        ("conv_transpose2d",),
+        ("sigmoid",),
+        ("tanh",),
+        ("relu",),
+        ("leaky_relu",),
+        ("leaky_relu", 0.3),
+        ("selu",),
+    ],
     ids=str,
 )
 def test_gains_are_pytorchs(arguments, torch):
-    assert init.gain_of(*arguments) == pytest.approx(torch.nn.init.calculate_gain(*arguments), rel=1e-15)
+    assert init.calculate_gain(*arguments) == pytest.approx(torch.nn.init.calculate_gain(*arguments), rel=1e-15)
 
 
 def test_constants_and_offsets():
@@ -148,7 +159,7 @@ def test_kaiming_keeps_the_variance_through_twenty_rectified_layers_and_smaller_
 
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"no gain is known for 'swish'; known: linear, .*selu"):
-        init.gain_of("swish")
+        init.calculate_gain("swish")
     with pytest.raises(ValueError, match=r"need a weight of two or more axes, got shape \(3,\)"):
         init.xavier_uniform_(empty(3))
     with pytest.raises(ValueError, match='mode must be "fan_in" or "fan_out", got \'fan\''):

@@ -592,6 +592,63 @@ def test_a_module_list_is_pytorchs_list(torch):
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+CHANGES = {
+    "insert": lambda layers, make: layers.insert(1, make(7, 3)),
+    "pop": lambda layers, make: layers.pop(1),
+    "pop the last": lambda layers, make: layers.pop(-1),
+    "del": lambda layers, make: layers.__delitem__(-2),
+    "del several": lambda layers, make: layers.__delitem__(slice(0, 2)),
+    "+=": lambda layers, make: layers.__iadd__(type(layers)().extend([make(3, 8), make(8, 9)])),
+    "extend": lambda layers, make: layers.extend([make(3, 8), make(8, 9)]),
+    "replace": lambda layers, make: layers.__setitem__(-1, make(4, 9)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["ModuleList", "Sequential"])
+def test_lists_of_modules_change_as_pytorchs(name, change, torch):
+    layers = []
+    for library in (nn, torch.nn):
+        modules = [library.Linear(2, 3), library.Linear(3, 4), library.Linear(4, 5)]
+        layers.append(library.ModuleList(modules) if name == "ModuleList" else library.Sequential(*modules))
+        CHANGES[change](layers[-1], library.Linear)
+    ours, theirs = layers
+    assert [n for n, _ in ours.named_children()] == [n for n, _ in theirs.named_children()]
+    assert {n: a.shape for n, a in ours.state_dict().items()} == {
+        n: tuple(a.shape) for n, a in theirs.state_dict().items()
+    }
+
+
+def test_a_change_that_is_refused_changes_no_list():
+    layers = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    for change in (lambda: layers.insert(0, functional.relu), lambda: layers.__setitem__(0, 3)):
+        with pytest.raises(TypeError, match=r"Sequential takes modules; argument 0 is a (function|int)"):
+            change()
+    with pytest.raises(IndexError):
+        layers[2] = nn.ReLU()
+    assert [name for name, _ in layers.named_children()] == ["0", "1"]
+
+
+def test_apply_register_and_add_as_pytorch(torch):
+    orders = []
+    for library in (nn, torch.nn):
+        seen = []
+        model = library.Sequential(library.Linear(2, 3), library.Sequential(library.ReLU(), library.Linear(3, 1)))
+        assert model.apply(lambda module, seen=seen: seen.append(type(module).__name__)) is model
+        orders.append(seen)
+    assert orders[0] == orders[1]
+    module = Module()
+    module.register_parameter("scale", Parameter(np.ones(2)))
+    module.add_module("inner", nn.Linear(1, 1))
+    assert [name for name, _ in module.named_parameters()] == ["scale", "inner.weight", "inner.bias"]
+
+
+@pytest.mark.parametrize("state", [None, 3, ["0.weight"]])
+def test_a_state_that_is_no_dictionary_is_refused(state):
+    with pytest.raises(TypeError, match=r"a state is a dictionary of arrays by name, got a (NoneType|int|list)"):
+        nn.Linear(2, 2).load_state_dict(state)
+
+
 def test_a_module_list_inside_a_module_is_trained_and_saved_but_computes_nothing():
     class Stack(Module):
         def __init__(self):
@@ -612,12 +669,12 @@ def test_a_module_list_inside_a_module_is_trained_and_saved_but_computes_nothing
 
 def test_a_module_list_takes_modules_only():
     layers = nn.ModuleList()
-    with pytest.raises(TypeError, match="got a function for number 0"):
+    with pytest.raises(TypeError, match="ModuleList takes modules; argument 0 is a function"):
         layers.append(functional.relu)
     with pytest.raises(IndexError):
         layers[0] = nn.ReLU()
     layers.append(nn.ReLU())
-    with pytest.raises(TypeError, match="got a int for number 0"):
+    with pytest.raises(TypeError, match="argument 0 is a int"):
         layers[0] = 3
     assert len(layers) == 1
 

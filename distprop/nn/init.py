@@ -62,7 +62,7 @@ def kaiming_uniform_(
     nonlinearity: str = "leaky_relu",
 ) -> Parameter:
     """Uniform on ±√3 gain/√fan: keeps variances through rectifiers, which halve them. `a` is the leaky slope."""
-    bound = math.sqrt(3) * gain_of(nonlinearity, a) / math.sqrt(_fan(parameter, mode))
+    bound = math.sqrt(3) * calculate_gain(nonlinearity, a) / math.sqrt(_fan(parameter, mode))
     return uniform_(parameter, -bound, bound)
 
 
@@ -73,7 +73,7 @@ def kaiming_normal_(
     nonlinearity: str = "leaky_relu",
 ) -> Parameter:
     """Normal with standard deviation gain/√fan."""
-    return normal_(parameter, 0.0, gain_of(nonlinearity, a) / math.sqrt(_fan(parameter, mode)))
+    return normal_(parameter, 0.0, calculate_gain(nonlinearity, a) / math.sqrt(_fan(parameter, mode)))
 
 
 def lecun_uniform_(parameter: Parameter) -> Parameter:
@@ -105,18 +105,19 @@ def orthogonal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
     return parameter
 
 
-def gain_of(nonlinearity: str, slope: float = 0.01) -> float:
+def calculate_gain(nonlinearity: str, param: float = 0.01) -> float:
     """The factor by which weights must grow to undo what an activation does to the variance (PyTorch's table).
+
+    `param` is leaky ReLU's slope.
 
     Raises:
         ValueError: an unknown name.
     """
     gains = {
-        "linear": 1.0,
-        "sigmoid": 1.0,
+        **dict.fromkeys(("linear", "conv1d", "conv2d", "conv_transpose2d", "sigmoid"), 1.0),
         "tanh": 5 / 3,
         "relu": math.sqrt(2),
-        "leaky_relu": math.sqrt(2 / (1 + slope**2)),
+        "leaky_relu": math.sqrt(2 / (1 + param**2)),
         "selu": 3 / 4,
     }
     if nonlinearity not in gains:

@@ -6,7 +6,7 @@ in the order in which they were assigned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple, Self, overload
 
@@ -50,6 +50,21 @@ class Module:
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
         setattr(self, name, np.array(value))
+
+    def register_parameter(self, name: str, parameter: Parameter | None) -> None:
+        """The same as assigning it to an attribute."""
+        setattr(self, name, parameter)
+
+    def add_module(self, name: str, module: Module | None) -> None:
+        """The same as assigning it to an attribute."""
+        setattr(self, name, module)
+
+    def apply(self, function: Callable[[Module], object]) -> Self:
+        """Call `function` with every module below this one and at last with this one, such as to initialise weights."""
+        for child in self.children():
+            child.apply(function)
+        function(self)
+        return self
 
     def children(self) -> Iterator[Module]:
         """The direct submodules."""
@@ -108,8 +123,10 @@ class Module:
             ValueError: names that are missing or unexpected, or shapes that differ; lists them all. Nothing has been
                 changed then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a state is a dictionary of arrays by name, got a {type(state).__name__}")
         own = self.state_dict()
-        arrays = {name: np.asarray(value) for name, value in state.items()}
+        arrays = {str(name): np.asarray(value) for name, value in state.items()}
         problems = [
             f"{name}: {array.dtype}, not numbers" for name, array in arrays.items() if array.dtype.kind not in "biuf"
         ]
@@ -199,7 +216,70 @@ class Module:
                 yield _join(prefix, name), parameter
 
 
-class Sequential(Module):
+class _Modules(Module):
+    """What `Sequential` and `ModuleList` share: they are lists of modules, and change as lists do.
+
+    `insert`, `pop`, `del` and `+=` number the modules anew where it is needed, as PyTorch does.
+    """
+
+    def append(self, module: Module) -> Self:
+        """One more at the end, named by the number of those before it, or the next number that is free."""
+        self._set(next(name for number in count(len(self)) if (name := str(number)) not in vars(self)), module)
+        return self
+
+    def extend(self, modules: Iterable[Module]) -> Self:
+        """Several more at the end."""
+        for module in modules:
+            self.append(module)
+        return self
+
+    def insert(self, index: int, module: Module) -> Self:
+        """One more before number `index`."""
+        modules = list(self)
+        modules.insert(index, module)
+        return self._become(modules)
+
+    def pop(self, index: int = -1) -> Module:
+        """Take one out and return it."""
+        modules = list(self)
+        module = modules.pop(index)
+        self._become(modules)
+        return module
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.children())
+
+    def __iter__(self) -> Iterator[Module]:
+        return self.children()
+
+    def __setitem__(self, index: int, module: Module) -> None:
+        self._set([name for name, _ in self.named_children()][index], module)
+
+    def __delitem__(self, index: int | slice) -> None:
+        modules = list(self)
+        del modules[index]
+        self._become(modules)
+
+    def __iadd__(self, modules: Iterable[Module]) -> Self:
+        return self.extend(modules)
+
+    def _become(self, modules: Sequence[Module]) -> Self:
+        for number, module in enumerate(modules):
+            self._check(str(number), module)
+        for name in [name for name, _ in self.named_children()]:
+            del vars(self)[name]
+        return self.extend(modules)
+
+    def _set(self, name: str, module: Module) -> None:
+        self._check(name, module)
+        vars(self)[name] = module
+
+    def _check(self, name: str, module: Any) -> None:
+        if not isinstance(module, Module):
+            raise TypeError(f"{type(self).__name__} takes modules; argument {name} is a {type(module).__name__}")
+
+
+class Sequential(_Modules):
     """Modules one after the other; their names are "0", "1", and so on, or those of a mapping that is given instead.
 
     >>> from distprop.nn import Linear, ReLU
@@ -221,24 +301,15 @@ class Sequential(Module):
         if len(modules) == 1 and isinstance(modules[0], Mapping):
             named = modules[0]
         for name, module in named.items():
-            self._add(name, module)
+            if not name or "." in name or hasattr(type(self), name):
+                raise ValueError(f"Sequential got a module named {name!r}; a name has no dot and is not an attribute's")
+            self._set(name, module)
 
     def forward(self, input: Any) -> Any:
         """Each module's output is the next one's input."""
         for module in self.children():
             input = module(input)
         return input
-
-    def append(self, module: Module) -> Self:
-        """One more at the end, named by the number of those before it, or the next number that is free."""
-        self._add(next(name for number in count(len(self)) if (name := str(number)) not in vars(self)), module)
-        return self
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.children())
-
-    def __iter__(self) -> Iterator[Module]:
-        return self.children()
 
     @overload
     def __getitem__(self, index: int) -> Module: ...
@@ -251,15 +322,8 @@ class Sequential(Module):
             return Sequential(dict(list(self.named_children())[index]))
         return list(self.children())[index]
 
-    def _add(self, name: str, module: Any) -> None:
-        if not isinstance(module, Module):
-            raise TypeError(f"Sequential takes modules; argument {name} is a {type(module).__name__}")
-        if not name or "." in name or hasattr(type(self), name):
-            raise ValueError(f"Sequential got a module named {name!r}; a name has no dot and is not an attribute's")
-        vars(self)[name] = module
 
-
-class ModuleList(Module):
+class ModuleList(_Modules):
     """Modules in a list, named "0", "1", and so on; it computes nothing by itself.
 
     >>> from distprop.nn import Linear
@@ -271,25 +335,6 @@ class ModuleList(Module):
     def __init__(self, modules: Iterable[Module] = ()) -> None:
         self.extend(modules)
 
-    def append(self, module: Module) -> Self:
-        """One more at the end."""
-        if not isinstance(module, Module):
-            raise TypeError(f"ModuleList takes modules; got a {type(module).__name__} for number {len(self)}")
-        vars(self)[str(len(self))] = module
-        return self
-
-    def extend(self, modules: Iterable[Module]) -> Self:
-        """Several more at the end."""
-        for module in modules:
-            self.append(module)
-        return self
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.children())
-
-    def __iter__(self) -> Iterator[Module]:
-        return self.children()
-
     @overload
     def __getitem__(self, index: int) -> Module: ...
 
@@ -299,11 +344,6 @@ class ModuleList(Module):
     def __getitem__(self, index: int | slice) -> Module:
         chosen = list(self.children())[index]
         return chosen if isinstance(chosen, Module) else ModuleList(chosen)
-
-    def __setitem__(self, index: int, module: Module) -> None:
-        if not isinstance(module, Module):
-            raise TypeError(f"ModuleList takes modules; got a {type(module).__name__} for number {index}")
-        vars(self)[str(range(len(self))[index])] = module
 
 
 def _join(prefix: str, name: str) -> str:
