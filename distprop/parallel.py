@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from distprop import random
 from distprop.buffer import FlatBuffer, fill_missing
 from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
@@ -156,7 +157,7 @@ class DataParallel:
         self._verify_due = False
         self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
         self._kept: Array | None = None  # mean gradients from before, if they were not zeroed
-        self._warned = False
+        self._warned = self._warned_of_masks = False
 
     @property
     def reduce_seconds(self) -> float:
@@ -182,7 +183,11 @@ class DataParallel:
             self._walking, self._kept = False, None
         examples = _leading_axis(args, kwargs)
         here.at(recorder.FORWARD, self.reductions + 1)
+        place = random.place()
+        draws = place.draws
         output = self._forward(examples, args, kwargs)
+        if place.draws > draws and not place.said and self.comm.size > 1:
+            self._warn_of_equal_masks()
         if self._forward_pass is None or self._forward_pass.examples != examples:
             self._forward_pass = _ForwardPass(self, examples)
         if not _mark(output, self._forward_pass) and gradients_needed(tuple(self._trained)):
@@ -412,6 +417,16 @@ class DataParallel:
             self._warned = True
             names = ", ".join(self._names[id(parameter)] for parameter in missing)
             warnings.warn(f"no gradient reached {names}; it counts as zero (said once)", stacklevel=2)
+
+    def _warn_of_equal_masks(self) -> None:
+        if not self._warned_of_masks and self.comm.rank == 0:
+            warnings.warn(
+                "every rank drops out as if its rows were the first of the global batch, because nobody said where "
+                "they are: take batches from data.Loader, or call distprop.random.at(seed, step, first_row) before "
+                "each forward pass (said once)",
+                stacklevel=3,
+            )
+        self._warned_of_masks = True
 
     def _place_parameters(self) -> None:
         """Move the parameters into one buffer, and say how its message is summed."""

@@ -62,11 +62,12 @@ class Place:
     step: int = 0
     first_row: int = 0
     draws: int = 0  # masks drawn at this place so far, so that two dropout layers get two masks
+    said: bool = False  # by `at`
 
 
 def at(seed: int, step: int, first_row: int) -> None:
     """Say where training is, before a forward pass. `Loader` and `Trainer` do it for every batch."""
-    _place.set(Place(seed, step, first_row))
+    _place.set(Place(seed, step, first_row, said=True))
 
 
 def place() -> Place:

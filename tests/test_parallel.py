@@ -4,6 +4,7 @@ import pytest
 import parallel_suite
 import split_invariance
 from distprop import functional as F
+from distprop import nn, random
 from distprop.comm import CollectiveError, SoloCommunicator, run_threads
 from distprop.data import Loader
 from distprop.parallel import DataParallel
@@ -88,6 +89,30 @@ def test_a_parameter_without_gradient_is_named_once_by_rank_0():
     with pytest.warns(UserWarning, match=r"no gradient reached after, before\.weight, before\.bias;") as caught:
         run_threads(3, three_steps)
     assert len(caught) == 1
+
+
+def dropped_out(comm, said):
+    """What 2 rows of ones become on each rank, in two steps."""
+    parallel = DataParallel(nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5)), comm)
+    masks = []
+    for step in range(2):
+        if said:
+            random.at(SEED, step, 2 * comm.rank)
+        masks.append(parallel(np.ones((2, 1), np.float32)).data != 0)
+    return np.concatenate(masks)
+
+
+def test_equal_masks_on_all_ranks_are_said_once_by_rank_0():
+    with pytest.warns(UserWarning, match=r"every rank drops out as if .*distprop\.random\.at\(seed, step,") as caught:
+        first, second, _ = run_threads(3, lambda comm: dropped_out(comm, said=False))
+    assert len(caught) == 1
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("size", "said"), [(1, False), (3, True)])
+def test_masks_that_differ_are_no_reason_to_warn(size, said):
+    masks = run_threads(size, lambda comm: dropped_out(comm, said))  # pytest makes a warning an error
+    assert all((masks[0] != other).any() for other in masks[1:])
 
 
 def test_a_batch_without_examples_is_no_reason_to_warn():
