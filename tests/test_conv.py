@@ -642,3 +642,14 @@ def test_a_transposed_convolution_pads_with_zeros_only():
 def test_a_layer_in_float64():
     layer = nn.Conv2d(1, 2, 3, dtype=np.float64)
     assert layer(np.zeros((1, 1, 3, 3))).dtype == np.float64
+
+
+def test_numbers_of_channels_and_groups_that_are_no_integers_are_refused():
+    image, kernel = np.ones((1, 4, 5, 5)), np.ones((4, 2, 3, 3))
+    for operation in (F.conv2d, F.conv_transpose2d):
+        with pytest.raises(TypeError, match=rf"{operation.__name__}: groups must be an integer, got 2\.0"):
+            operation(image, kernel, groups=2.0)
+    with pytest.raises(TypeError, match=r"Conv2d: in_channels must be an integer, got 4\.0"):
+        nn.Conv2d(4.0, 4, 3)
+    with pytest.raises(TypeError, match=r"ConvTranspose2d: out_channels must be an integer, got None"):
+        nn.ConvTranspose2d(4, None, 3)

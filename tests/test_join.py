@@ -193,6 +193,8 @@ def test_where_takes_numbers_in_the_other_ones_dtype():
         (lambda: F.split(np.ones(4), [1, 2]), ValueError, r"lengths \[1, 2\] for dim 0 of shape \(4,\)"),
         (lambda: F.split(np.ones(4), [5, -1]), ValueError, "must add up to 4"),
         (lambda: F.split(np.ones(4), 2, 1), IndexError, "dim 1"),
+        (lambda: F.split(np.ones(4), 2.0), TypeError, "which are integers; got 2.0"),
+        (lambda: F.split(np.ones(4), [1.5, 2.5]), TypeError, r"which are integers; got \[1.5, 2.5\]"),
         (lambda: F.where(np.ones(3), np.ones(3), 0.0), TypeError, "boolean condition, got dtype float64"),
         (lambda: F.where(np.ones(3, bool), np.ones(2), 0.0), ValueError, r"condition \(3,\), input \(2,\), other \(\)"),
         (lambda: F.where(np.ones(3, bool), np.ones(3), np.ones(3, np.float32)), TypeError, "other float32"),

@@ -70,3 +70,9 @@ def test_values_and_gradients_agree_with_pytorch(case, dtype, torch):
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("widths", [1, (1.5, 1), "no"])
+def test_widths_that_are_no_integers_are_refused(widths):
+    with pytest.raises(TypeError, match=r"pad takes integers, two widths for each axis, last axis first; got"):
+        F.pad(np.ones(3), widths)

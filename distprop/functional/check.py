@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
 from distprop.tape import Array
@@ -24,6 +26,15 @@ def same_dtype(operation: str, **tensors: Tensor) -> None:
             floating(operation, first)
             found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
             raise TypeError(f"{operation} needs one floating-point dtype, got {found}; convert with .astype(...)")
+
+
+def integer(operation: str, **numbers: int) -> None:
+    """Raise TypeError unless all of them are integers."""
+    for name, number in numbers.items():
+        try:
+            operator.index(number)
+        except TypeError:
+            raise TypeError(f"{operation}: {name} must be an integer, got {number!r}") from None
 
 
 def affine_inputs(

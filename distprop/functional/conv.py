@@ -10,7 +10,7 @@ import numpy as np
 
 from distprop.functional import groups as grouped
 from distprop.functional import transposed
-from distprop.functional.check import same_dtype
+from distprop.functional.check import integer, same_dtype
 from distprop.functional.geometry import Size, convolution_window, transposed_window
 from distprop.functional.pointwise import placed
 from distprop.functional.windows import Window, channels_last, channels_second
@@ -182,6 +182,7 @@ def _check_channels(operation: str, x: Tensor, w: Tensor, groups: int, axes: int
     layout = f"(channels, out/groups, {kernel})" if transposed else f"(out, channels/groups, {kernel})"
     if w.ndim != axes + 2 or 0 in w.shape:
         raise ValueError(f"{operation} needs a weight of shape {layout}, none of them 0; got {w.shape}")
+    integer(operation, groups=groups)
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(
             f"{operation} with a weight of shape {w.shape} {layout} got groups={groups}, which does not divide "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -67,6 +68,7 @@ def split(input: Operand, split_size_or_sections: int | Sequence[int], dim: int 
     parts of pieces that lead nowhere stay 0.
 
     Raises:
+        TypeError: sizes that are no integers.
         ValueError: a size below 1, or lengths that do not add up.
         IndexError: `dim` out of range.
     """
@@ -79,7 +81,12 @@ def split(input: Operand, split_size_or_sections: int | Sequence[int], dim: int 
             raise ValueError(f"split needs pieces of at least 1 entry, got {size}")
         sections = [min(size, count - start) for start in range(0, max(count, 1), size)]
     else:
-        sections = list(split_size_or_sections)
+        try:
+            sections = [operator.index(length) for length in split_size_or_sections]
+        except TypeError:
+            raise TypeError(
+                f"split takes a number of entries, or lengths, which are integers; got {split_size_or_sections!r}"
+            ) from None
         if sum(sections) != count or min(sections, default=0) < 0:
             raise ValueError(
                 f"split got lengths {sections} for dim {axis} of shape {x.shape}; they must add up to {count}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -22,10 +23,15 @@ def pad(input: Operand, pad: Sequence[int], mode: PadMode = "constant", value: f
     what g has where entries were copied into the margin. Unlike PyTorch's, the other modes take any axes.
 
     Raises:
+        TypeError: widths that are no integers.
         ValueError: another mode, an odd number of widths or too many, a length that would be negative, a margin wider
             than what it is copied from, or a `value` for another mode than "constant".
     """
     x = as_tensor(input)
+    try:
+        pad = [operator.index(width) for width in pad]
+    except TypeError:
+        raise TypeError(f"pad takes integers, two widths for each axis, last axis first; got {pad!r}") from None
     if mode not in get_args(PadMode):
         raise ValueError(f"pad knows the modes {', '.join(get_args(PadMode))}; got {mode!r}")
     if value is not None and mode != "constant":

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop import functional as F
+from distprop.functional.check import integer
 from distprop.functional.geometry import Size, pair
 from distprop.nn import init
 from distprop.nn.module import Module
@@ -170,6 +171,7 @@ def _sizes(layer: Any, name: str, value: Size, least: int) -> tuple[int, ...]:
 
 
 def _check_channels(layer: Module, in_channels: int, out_channels: int, groups: int) -> None:
+    integer(type(layer).__name__, in_channels=in_channels, out_channels=out_channels, groups=groups)
     if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"{type(layer).__name__} needs at least one channel on each side and groups that divide both numbers, got "
