@@ -168,13 +168,14 @@ class DataParallel:
     def reduction(self) -> str:
         """How gradients are summed over the ranks, in words; it follows from where these are and what is asked for."""
         node, how = self.comm.node, "one message"
+        one_node = self.comm.size == (1 if node is None else node.size)
         if self.comm.size == 1:
             how = "nothing to sum"
-        elif node is not None and self._in_shared_memory and node.size == self.comm.size:
+        elif self._in_shared_memory and one_node:
             how = "shared memory"
         elif node is not None and self._in_shared_memory and self._tree is None:
             how = "shared memory on each node, one message between nodes"
-        parts = [how, self.wire, self._tree and f"a fixed tree of {self._tree.shards} shards"]
+        parts = [how, None if one_node else self.wire, self._tree and f"a fixed tree of {self._tree.shards} shards"]
         return ", ".join(part for part in parts if part)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -136,16 +136,12 @@ class Node:
         """`count` arrays of zeros in one block that all ranks map."""
         stride = -(-length * np.dtype(dtype).itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         size = max(stride * count, mmap.PAGESIZE)
-        name = self._here.allgather(os.urandom(8).hex().encode())[0].decode()
-        path = os.path.join(_FOLDER, f"distprop-{name}")
-        block = _map(path, size, create=True) if self.rank == 0 else None
-        self.barrier()
-        if self.rank:
-            block = _map(path, size, create=False)
+        made = _make_file(size) if self.rank == 0 else None
+        path = os.fsdecode(self._here.allgather(os.fsencode(made or ""))[0])
+        block = _map(path, size) if path else None
         mapped = self._here.allgather(b"" if block is None else b"mapped")
-        if self.rank == 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        if made:
+            _remove(made)
         if block is None or b"" in mapped:
             return None
         return [np.frombuffer(block, dtype, length, offset=number * stride) for number in range(count)]
@@ -177,20 +173,40 @@ class _Check:
         return [None if last < 0 else last for last in self._found.max(axis=0).tolist()]
 
 
-def _map(path: str, size: int, *, create: bool) -> mmap.mmap | None:
-    """The block of shared memory; None if it cannot be had."""
+def _make_file(size: int) -> str | None:
+    """The path of a new file of `size` zeros in memory; None, and no file, if there is no room for it."""
+    path = os.path.join(_FOLDER, f"distprop-{os.urandom(8).hex()}")
     try:
-        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError:
         return None
     try:
-        if create:
-            os.posix_fallocate(file, 0, size)  # reserved now: a full /dev/shm would be a bus error later
+        os.posix_fallocate(file, 0, size)  # reserved now: a full /dev/shm would be a bus error later
+    except OSError:
+        _remove(path)
+        return None
+    finally:
+        os.close(file)
+    return path
+
+
+def _map(path: str, size: int) -> mmap.mmap | None:
+    """The file's memory; None if it cannot be had."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
         return mmap.mmap(file, size)
     except OSError:
         return None
     finally:
         os.close(file)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _slice(length: int, itemsize: int, number: int, slices: int) -> slice:

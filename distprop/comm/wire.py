@@ -30,7 +30,7 @@ class WireSum:
     """Sums one message over the ranks again and again, in 16 bits between nodes.
 
     Args:
-        comm: the ranks. Those that share memory add up there first, so a single node rounds nothing.
+        comm: the ranks. Those that share memory add up there first. A single node rounds nothing.
         wire: "bf16" has float32's range and a relative error of up to 2⁻⁸; "fp16" one of 2⁻¹¹, and what is above 65,504
             or below 6·10⁻⁸ waits for the next steps.
         narrow: so many numbers at the front are rounded; those behind, counts and flags, travel as they are.
@@ -54,6 +54,8 @@ class WireSum:
         node = self._comm.node
         if node and node.arrays(array):
             node.sum(array, self._sum_between)
+        elif node and node.size == self._comm.size:  # no memory to share, but no network to cross either
+            self._comm.allreduce(array)
         elif self._comm.size > 1:
             self._sum_between(self._comm, array, 0)
         return array

@@ -1,3 +1,4 @@
+import resource
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from communicator_suite import suite
 from distprop.comm import mpi, node, world
 from distprop.comm.recorder import here
 from distprop.nn import Linear
+from distprop.optim import SGD
 from distprop.parallel import DataParallel
 
 pytestmark = pytest.mark.mpi
@@ -84,11 +86,43 @@ def test_how_gradients_are_summed_follows_from_the_nodes():
 def test_one_rank_without_shared_memory_is_enough_for_all_to_do_without(monkeypatch, tmp_path):
     comm = mpi.MPICommunicator()
     if comm.rank == comm.size - 1:
-        monkeypatch.setattr(node, "_map", lambda path, size, create: None)
+        monkeypatch.setattr(node, "_map", lambda path, size: None)
     message = comm.allocate(10, np.float32)
     message += comm.rank
     assert comm.allreduce(message)[0] == sum(range(comm.size))
     assert comm.node.arrays(message) is None
+
+
+@pytest.fixture
+def cramped():
+    """No file grows beyond 64 kB, not in /dev/shm either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("options", [{}, {"sharded_update": True}, {"shards": 4}, {"wire": "bf16"}])
+def test_gradients_for_which_shared_memory_is_too_small_are_summed_by_messages(comm, cramped, options):
+    """It refuses the first rank that asks for it, once a file has a name; the others must not look for its memory."""
+    files = set(Path("/dev/shm").glob("distprop-*"))
+    model = Linear(1, 20_000, bias=False)
+    model.weight.data[...] = 0
+    parallel = DataParallel(model, comm, **options)
+    assert parallel.reduction == "one message" + ", a fixed tree of 4 shards" * ("shards" in options)
+    assert set(Path("/dev/shm").glob("distprop-*")) <= files
+    optimizer = SGD(model.parameters(), lr=1.0)
+    if "shards" in options:
+        for shard in range(comm.rank, 4, comm.size):
+            parallel(np.full((1, 1), 1 + shard, np.float32)).sum().backward()
+            parallel.end_shard()
+        parallel.reduce_shards()
+    else:
+        parallel(np.full((1, 1), 1 + comm.rank * 2**-10, np.float32)).sum().backward()
+    expected = 2.5 if "shards" in options else np.mean([1 + rank * 2**-10 for rank in range(comm.size)])
+    optimizer.step()
+    np.testing.assert_allclose(model.weight.data, -expected, rtol=1e-7)  # float32; bf16 would round by 2⁻⁹
 
 
 @pytest.mark.mpi(min_size=2)
