@@ -459,7 +459,8 @@ class DataParallel:
         node, buffer = self.comm.node, self._buffer
         if not self.sharded_update or node is None:
             return
-        common = node.allocate_common(buffer.data.size, buffer.data.dtype)
+        # Where there was no room for the gradients, there would be none for the optimizer's state
+        common = node.allocate_common(buffer.data.size, buffer.data.dtype) if self._in_shared_memory else None
         if b"" in self.comm.allgather(b"" if common is None else b"shared"):
             self._say("there is no shared memory for one copy of the parameters; each rank keeps its own")
         elif common is not None:

@@ -107,11 +107,12 @@ def cramped():
 def test_gradients_for_which_shared_memory_is_too_small_are_summed_by_messages(comm, cramped, options):
     """It refuses the first rank that asks for it, once a file has a name; the others must not look for its memory."""
     files = set(Path("/dev/shm").glob("distprop-*"))
-    model = Linear(1, 20_000, bias=False)
+    model = Linear(1, 10_000, bias=False)  # 40 kB, which there would be room for once
     model.weight.data[...] = 0
     parallel = DataParallel(model, comm, **options)
     assert parallel.reduction == "one message" + ", a fixed tree of 4 shards" * ("shards" in options)
     assert set(Path("/dev/shm").glob("distprop-*")) <= files
+    assert model.weight.buffer.sharers is None
     optimizer = SGD(model.parameters(), lr=1.0)
     if "shards" in options:
         for shard in range(comm.rank, 4, comm.size):
