@@ -15,6 +15,7 @@ from typing import TypeAlias
 from distprop.look import Look, ParameterHealth
 
 KEPT = 8  # looks
+FEW = 32  # examples, in all of a rule's looks: of so few a unit may be silent, or a class not predicted, by chance
 
 # Vanishing. Nielsen's sigmoid networks have learning speeds in ratios of 5, 24 and 95 at 2, 3 and 4 hidden layers.
 VANISHING_SPEED = 30.0
@@ -207,8 +208,10 @@ def exploding(history: History) -> Finding | None:
 def dead(history: History) -> Finding | None:
     """Many ReLU units of a layer gave 0 for every example of four looks."""
     looks = history.last(4)
+    if (examples := _examples(looks)) < FEW:
+        return None
     shares: dict[str, float] = {}
-    for name in looks[-1].units if looks else ():
+    for name in looks[-1].units:
         silent = [units.silent for look in looks if (units := look.units.get(name)) and units.silent]
         if len(silent) == len(looks) and len({len(of_one) for of_one in silent}) == 1:
             always = [all(of_unit) for of_unit in zip(*silent, strict=True)]
@@ -216,7 +219,6 @@ def dead(history: History) -> Finding | None:
     layer = max(shares, key=shares.__getitem__, default="")
     if not shares or shares[layer] < DEAD_SHARE:
         return None
-    examples = sum(look.examples for look in looks)
     text = f"{_percent(shares[layer])} of the units of `{layer}` gave 0 for all of {examples:,} examples"
     remedy = "try a lower learning rate, Kaiming initialisation with biases at 0, or LeakyReLU"
     return Finding(layer, f"dead ReLUs: {text}; {remedy}")
@@ -294,10 +296,12 @@ def lr_low(history: History) -> Finding | None:
 
 
 def collapse(history: History) -> Finding | None:
-    """Almost all predictions are one class, four looks in a row, and the targets are not."""
+    """Almost all predictions are one class, the same in four looks in a row, and the targets are not."""
     looks = history.last(4)
     favourites = [look.favourite for look in looks if look.favourite is not None]
-    if len(favourites) < 4 or looks[-1].step - looks[0].step < COLLAPSED_STEPS:
+    if len(favourites) < 4 or looks[-1].step - looks[0].step < COLLAPSED_STEPS or _examples(looks) < FEW:
+        return None
+    if len({of_look.number for of_look in favourites}) > 1:
         return None
     if any(of_look.predicted < COLLAPSED or of_look.true > COLLAPSED_TRUE for of_look in favourites):
         return None
@@ -322,6 +326,10 @@ RULES: Mapping[str, Rule] = {
 
 
 # --- what several rules need
+
+
+def _examples(looks: Sequence[Look]) -> int:
+    return sum(look.examples for look in looks)
 
 
 def _matrices(look: Look) -> dict[str, ParameterHealth]:

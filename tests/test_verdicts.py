@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import distprop as dp
 from distprop import data, nn, optim
 from distprop import functional as F
 from distprop.diagnosis import Diagnosis
-from distprop.look import Look, ParameterHealth
+from distprop.look import Favourite, Look, ParameterHealth
 from distprop.train import Trainer
 from distprop.update import NonFiniteLossError
 from distprop.verdicts import RULES, History, advice_about_ranks, judge
@@ -193,6 +194,24 @@ HEALTHY = {
 def test_no_false_alarm_on_the_digits_until_long_after_they_are_learnt(digits, name, activation):
     model = mlp(64, 64, 32, 10, activation=activation)
     assert said(model, digits, HEALTHY[name](model), 600) == {}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_no_false_alarm_with_batches_too_small_to_show_anything(digits, batch_size):
+    """Of one example all predictions are one class, and of four in a row half of the units may be silent."""
+    for seed in range(6):
+        model = mlp(64, 64, 32, 10, seed=seed)
+        assert said(model, digits, sgd(model, 0.03), 400, batch_size=batch_size) == {}
+
+
+def test_no_collapse_if_each_look_has_another_class():
+    history = History()
+    for step in range(0, 201, 50):
+        history.add(replace(look(step), favourite=Favourite(step // 50, 1.0, 0.5)))
+    assert "collapse" not in judge(history)
+    for step in range(250, 401, 50):
+        history.add(replace(look(step), favourite=Favourite(3, 1.0, 0.5)))
+    assert "collapse" in judge(history)
 
 
 def test_no_false_alarm_with_batch_norm_short_cuts_or_a_first_layer_without_bias(digits):
