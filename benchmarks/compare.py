@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-mnist", action="store_true", help="leave out the time to 98 %% on MNIST")
     parser.add_argument("--no-allreduce", action="store_true", help="leave out the reduction alone")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs; no figures")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; figures mean nothing")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and no table")
     parser.add_argument(
         "--merge", nargs="+", metavar="FILE", help="measure nothing; the table of earlier --json output"
@@ -95,8 +95,11 @@ def merged(files: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {"networks": {}}
     commands = []
     for file in files:
-        found = json.loads(Path(file).read_text())
-        commands.append(found["conditions"]["command"])
+        try:
+            found = json.loads(Path(file).read_text())
+            commands.append(found["conditions"]["command"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            sys.exit(f"{file} is no output of compare.py --json: {error!r}")
         for what in ("processor", "python", "numpy", "mpi"):
             before, now = (run.get("conditions", {}).get(what) for run in (results, found))
             if before and before != now:
@@ -189,9 +192,12 @@ def median_step(figures: dict[str, Any]) -> float:
 
 
 def compare_mnist() -> dict[str, Any]:
-    """Seconds from the command to 98 % of the test images, on two ranks, with another seed in each round."""
-    if "DISTPROP_DATA" not in os.environ:
-        return {"error": "DISTPROP_DATA is not set to a folder with mnist/"}
+    """Seconds from the command to 98 % of the test images, on two ranks, with another seed in each round.
+
+    {"error": ...} without the images.
+    """
+    if not Path(folder := os.environ.get("DISTPROP_DATA", "")).joinpath("mnist").is_dir():
+        return {"error": f"DISTPROP_DATA={folder} is no folder with mnist/ in it"}
     runs: dict[str, list[dict[str, Any]]] = {"torch": [], "distprop": []}
     for seed in range(MNIST_ROUNDS):
         for library, several in runs.items():

@@ -30,6 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error("--steps: 1 or more")
     comm = dp.world()
     private, message = np.zeros(count(), np.float32), comm.allocate(count(), np.float32)
     gradients = cut(private)

@@ -140,7 +140,10 @@ class Target:
 
 def _targets(results: dict[str, Any]) -> str:
     rows = [target.row() for target in _all_targets(results)]
-    return _aligned([["target", "", "wanted", "measured", "", "with products alone"], *rows]) if rows else ""
+    table = _aligned([["target", "", "wanted", "measured", "", "with products alone"], *rows]) if rows else ""
+    if error := results.get("mnist", {}).get("error"):
+        table += f"\n\nThe time to 98 % on MNIST is not measured: {error}"
+    return table
 
 
 def _all_targets(results: dict[str, Any]) -> Iterator[Target]:

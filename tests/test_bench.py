@@ -88,9 +88,16 @@ def test_allreduce_finds_a_wrong_sum() -> None:
         run_threads(2, body)
 
 
-@pytest.mark.parametrize("arguments", [["--sizes", "1,x"], ["--sizes", "0"], []])
-def test_an_allreduce_without_sizes_or_peers_is_refused(arguments: list[str]) -> None:
-    assert CliRunner().invoke(main, ["bench", "allreduce", *arguments]).exit_code == 2
+@pytest.mark.parametrize("sizes", ["1,x", "0", "1,1e9"])
+@pytest.mark.parametrize("ranks", [[], ["-n", "2"]])
+def test_sizes_that_cannot_be_summed_are_refused_before_ranks_are_started(sizes: str, ranks: list[str]) -> None:
+    answer = CliRunner().invoke(main, ["bench", "allreduce", *ranks, "--sizes", sizes])
+    assert answer.exit_code == 2
+    assert "Error: --sizes" in answer.output
+
+
+def test_an_allreduce_without_peers_is_refused() -> None:
+    assert CliRunner().invoke(main, ["bench", "allreduce"]).exit_code == 2
 
 
 def test_scaling_prints_a_table_and_a_verdict_for_each_part() -> None:
@@ -189,6 +196,12 @@ def test_ops_times_operations_beside_a_copy() -> None:
 def test_the_columns_of_an_operation_stay_apart_however_long_it_was_held_up() -> None:
     times = OperationTimes("f", 4.0, 30.0, 30.0, 30.0, 6e-3, 6e-3)
     assert show(times).split() == ["f", "4.0", *["30000.000"] * 3, *["6.000"] * 2, "5000.00", "over", "2"]
+
+
+def test_ops_of_no_name_are_refused_with_those_that_there_are() -> None:
+    answer = CliRunner().invoke(main, ["bench", "ops", "relu", "nosuch"])
+    assert answer.exit_code == 2
+    assert re.search("no operation has 'nosuch' in its name; there are relu, leaky_relu, .*layer_norm", answer.output)
 
 
 def test_ops_times_pytorch_on_one_thread_beside_ours(torch: Any) -> None:

@@ -343,7 +343,7 @@ def test_training_on_mnist_ends_at_98_percent(
     assert {len(batch) for batch in training.seen} == {64}
 
 
-def test_the_time_to_98_percent_is_a_median_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_to_98_percent_is_a_median_over_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands = []
 
     def run(command: list[str]) -> dict[str, Any]:
@@ -353,13 +353,36 @@ def test_the_time_to_98_percent_is_a_median_over_seeds(monkeypatch: pytest.Monke
         return {"seconds": late + [3.0, 1.0, 8.0][job["seed"]], "accuracy": 0.98, "reached": late + job["seed"] != 12}
 
     monkeypatch.setattr(compare, "run_for_json", run)
-    monkeypatch.setenv("DISTPROP_DATA", "somewhere")
+    monkeypatch.setenv("DISTPROP_DATA", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
     assert compare.compare_mnist() == {
         "torch": {"seconds": 13.0, "accuracy": 0.98, "reached": False},
         "distprop": {"seconds": 3.0, "accuracy": 0.98, "reached": True},
     }
     jobs = [{"network": "mlp512", "epochs": 4, "seed": seed} for seed in range(3)]
     assert commands == [(f"train_{library}.py", job) for job in jobs for library in ("torch", "distprop")]
+
+
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_without_mnist_the_table_says_why_its_time_is_not_there(
+    folder: str, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTPROP_DATA", folder)
+    results["mnist"] = compare.compare_mnist()
+    shown = table.show(results)
+    assert "time to 98 % on MNIST over DDP's" not in shown
+    assert shown.endswith(f"MNIST is not measured: DISTPROP_DATA={folder} is no folder with mnist/ in it")
+
+
+@pytest.mark.parametrize("text", [None, "MLP: 3 ms", "[]", "{}"])
+def test_what_is_no_result_is_not_merged(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_text(text)
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--merge", str(file)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 1
+    assert re.match(r"\S+/a.json is no output of compare.py --json: \w+\(.*\)$", answer.stderr)
 
 
 def test_results_of_several_runs_make_one_table(results: dict[str, Any], tmp_path: Path) -> None:

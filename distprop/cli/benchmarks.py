@@ -7,6 +7,7 @@ import sys
 import click
 
 from distprop.cli.start import RANKS, SIZES, Refusal, parse_widths, start
+from distprop.hosts.probe import free_memory
 
 
 @click.group()
@@ -88,9 +89,12 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
     """Time every operation (or those whose name contains one of NAMES) beside PyTorch's, on one thread, in ms."""
     import threadpoolctl
 
-    from distprop.bench.ops import HEADER, bench_ops, show, summary
+    from distprop.bench.ops import HEADER, bench_ops, cases, show, summary
     from distprop.environment import blas_description
 
+    known = [case.name for case in cases()]
+    if unknown := [name for name in names if not any(name in of_one for of_one in known)]:
+        raise Refusal(f"no operation has {' or '.join(map(repr, unknown))} in its name; there are {', '.join(known)}")
     threadpoolctl.threadpool_limits(1, user_api="blas")
     click.echo(f"BLAS: {blas_description()}\n{HEADER}")
     table = []
@@ -107,6 +111,9 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
 @RANKS
 def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int | None) -> None:
     """Time the sum of an array over the ranks, beside the MPI library's own blocking Allreduce."""
+    from distprop.bench import allreduce as measured
+
+    megabytes = measured.SIZES if sizes is None else _megabytes(sizes)
     if ranks is not None:
         options = [("--sizes", sizes), ("--repeats", repeats)]
         again = [word for name, value in options if value is not None for word in (name, str(value))]
@@ -115,13 +122,11 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
     import dataclasses
     import json
 
-    from distprop.bench import allreduce as measured
     from distprop.comm import mpi, world
 
     comm = world()
     if comm.size == 1:
         raise Refusal("one rank has nothing to add up; distprop bench allreduce -n 2")
-    megabytes = measured.SIZES if sizes is None else _megabytes(sizes)
     rows = list(measured.bench_allreduce(comm, mpi.MPICommunicator(share_memory=False), megabytes, repeats))
     if comm.rank == 0:
         table = [dataclasses.asdict(row) for row in rows]
@@ -167,4 +172,6 @@ def _megabytes(sizes: str) -> list[float]:
         megabytes = []
     if not megabytes or not all(0 < size < float("inf") for size in megabytes):
         raise Refusal(f"--sizes takes positive numbers of MB with commas between them, got {sizes!r}")
+    if 0 < (free := free_memory()) < max(megabytes) * 5e6:
+        raise Refusal(f"--sizes {max(megabytes):g}: a rank takes 5 times as much, and {free / 1e6:,.0f} MB are free")
     return megabytes

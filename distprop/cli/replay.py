@@ -32,6 +32,7 @@ def replay(run: Path, step: int, rank: int, interactive: bool, other: Path | Non
     exit status is 1 if a number differs.
     """
     from distprop import numbers
+    from distprop.hosts.hostfile import count
     from distprop.replay import ReplayError, plan
     from distprop.replay import replay as make
 
@@ -41,7 +42,8 @@ def replay(run: Path, step: int, rank: int, interactive: bool, other: Path | Non
         for remark in wanted.remarks:
             click.echo(f"distprop: {remark}", err=True)
         if (steps := wanted.step - wanted.begins) > 1:
-            click.echo(f"distprop: makes {steps} steps on {wanted.size} ranks, from step {wanted.begins}", err=True)
+            on = count(wanted.size, "rank")
+            click.echo(f"distprop: makes {steps} steps on {on}, from step {wanted.begins}", err=True)
         made = make(wanted)
     click.echo(f"{made.summary}\n\n{numbers.table(made.arrays, made.kinds)}\n")
     if bad := numbers.first_not_finite(made.arrays, made.kinds):
