@@ -10,7 +10,7 @@ import numpy as np
 
 from distprop.comm import Communicator, recorder
 from distprop.comm.recorder import here
-from distprop.data.dataset import Dataset
+from distprop.data.dataset import Dataset, check_dataset
 from distprop.data.loader import share
 from distprop.metrics import Tally
 from distprop.nn.module import Module
@@ -35,8 +35,10 @@ def evaluate(
         same_blocks: evaluate in blocks that do not depend on the number of ranks, for the same bits on any number.
 
     Raises:
-        ValueError: the dataset is empty.
+        TypeError: it is no dataset.
+        ValueError: it is empty.
     """
+    check_dataset(dataset)
     if not len(dataset):
         raise ValueError("evaluate() got an empty dataset")
     was_training = [(module, module.training) for module in model.modules()]

@@ -19,7 +19,7 @@ import numpy as np
 
 from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
-from distprop.data.dataset import Dataset
+from distprop.data.dataset import Dataset, check_dataset
 from distprop.data.loader import Loader
 from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
@@ -245,8 +245,11 @@ class Trainer:
             raise TypeError(f"epochs and steps are whole numbers, got {epochs!r} and {steps!r}")
         if (epochs or 0) < 0 or (steps or 0) < 0:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
-        if validation is not None and not len(validation):
-            raise ValueError("fit() got an empty validation set")
+        check_dataset(dataset)
+        if validation is not None:
+            check_dataset(validation)
+            if not len(validation):
+                raise ValueError("fit() got an empty validation set")
         told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
         compare_settings(told | self._identity(), self.comm)
         loader = Loader(

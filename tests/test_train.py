@@ -197,9 +197,33 @@ def test_what_is_no_part_of_a_trainer_is_refused(what: dict[str, object], messag
         dp.Trainer(**({"model": model} | parts | what))
 
 
-def test_arrays_that_are_not_a_dataset_are_refused_with_the_remedy() -> None:
-    with pytest.raises(TypeError, match=r"expected a dataset, got a tuple; wrap arrays in data\.ArrayDataset\(x, y\)"):
-        dp.data.Loader((np.zeros((3, 2)), np.zeros(3)), batch_size=1)
+EXAMPLES = ArrayDataset(np.zeros((3, 2), np.float32), np.zeros((3, 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (EXAMPLES.arrays, r"got a tuple; wrap arrays in data\.ArrayDataset\(x, y\)"),
+        ([*EXAMPLES.arrays], "got a list; wrap arrays"),
+        ({"x": EXAMPLES.x}, "got a dict; wrap arrays"),
+        (EXAMPLES.x, "got a ndarray; wrap arrays"),
+        (zip(*EXAMPLES.arrays, strict=True), "got a zip; wrap arrays"),
+        (dp.data.Loader(EXAMPLES, batch_size=1), "got a Loader; pass its `dataset`"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_with_the_remedy_before_anything_is_trained(what, message):
+    model = nn.Linear(2, 1)
+    before = model.weight.data.copy()
+    trainer = dp.Trainer(model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=1, progress=False)
+    for give in (
+        lambda: dp.data.Loader(what, batch_size=1),
+        lambda: trainer.fit(what, epochs=1),
+        lambda: trainer.fit(EXAMPLES, epochs=1, validation=what),
+        lambda: trainer.evaluate(what),
+    ):
+        with pytest.raises(TypeError, match=f"expected a dataset, {message}"):
+            give()
+    np.testing.assert_array_equal(model.weight.data, before)
 
 
 def test_batches_loaded_ahead_train_the_same_and_leave_no_thread():

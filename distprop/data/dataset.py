@@ -5,6 +5,7 @@ Asking for a whole batch by an index array costs one gather in NumPy; asking row
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,20 @@ class Dataset(Protocol):
 
     def __getitem__(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """The examples `indices (n,)`, as a tuple of arrays whose leading axes are all n. n may be 0."""
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what has not both methods, and arrays by themselves, which would be taken for examples.
+
+    Raises:
+        TypeError: it is no dataset; the message says what to do.
+    """
+    arrays = isinstance(dataset, tuple | list | Mapping | np.ndarray)
+    if arrays or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        inside = "; pass its `dataset`" if hasattr(dataset, "dataset") else ""  # a Loader, PyTorch's too
+        raise TypeError(
+            f"expected a dataset, got a {type(dataset).__name__}{inside or '; wrap arrays in data.ArrayDataset(x, y)'}"
+        )
 
 
 def at_epoch(dataset: Dataset, epoch: int) -> Dataset:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distprop.data.background import ahead
-from distprop.data.dataset import Dataset, at_epoch
+from distprop.data.dataset import Dataset, at_epoch, check_dataset
 from distprop.random import Stream, at, generator
 
 
@@ -91,10 +91,7 @@ class Loader:
         shards: int | None = None,
         prefetch: int = 0,
     ) -> None:
-        if isinstance(dataset, tuple | list):
-            raise TypeError(
-                f"expected a dataset, got a {type(dataset).__name__}; wrap arrays in data.ArrayDataset(x, y)"
-            )
+        check_dataset(dataset)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise TypeError(f"batch_size must be an integer, got {batch_size!r} of type {type(batch_size).__name__}")
         if batch_size < 1:
