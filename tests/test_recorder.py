@@ -136,3 +136,27 @@ def test_a_folder_whose_path_is_too_long_for_a_socket_costs_the_order_only(
     assert witness.report(137) == ""
     witness.close()
     assert list(long.iterdir()) == []
+
+
+MOUNTED = """
+from pathlib import Path
+import numpy as np
+from distprop.comm import world
+
+assert not list(Path("/dev/shm").glob("distprop-*"))
+print(world().allreduce(np.ones(1))[0], flush=True)
+"""
+
+
+@pytest.mark.parametrize("options", ["size=64k", "size=16m", "ro"])
+def test_a_job_starts_where_shared_memory_has_no_room_or_cannot_be_written(options: str, tmp_path: Path) -> None:
+    """A /dev/shm of its own, in a name space of its own, as in a container."""
+    script = tmp_path / "job.py"
+    script.write_text(MOUNTED)
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    if subprocess.run([*alone, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount anything, in a name space of its own either")
+    command = f"mount -t tmpfs -o {options} tmpfs /dev/shm; {sys.executable} -m distprop run -n 2 {script}"
+    environment = {**os.environ, "DISTPROP_TIMEOUT": "20"}
+    job = subprocess.run([*alone, command], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (job.returncode, job.stdout) == (0, "2.0\n2.0\n"), job.stderr

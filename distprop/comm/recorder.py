@@ -34,6 +34,7 @@ RING = 16  # collectives that are kept
 SHOWN = 6  # of them in a report
 FOLDER_VARIABLE = "DISTPROP_RECORDS"  # where `distprop run` wants the files of its host
 LAUNCHER = "launcher"  # its socket there, to which a rank stays connected until it ends; it will remove the folder
+_ROOM_BYTES = 32 * 2**20  # below that Open MPI (5.0) does not start two ranks, which wait for each other for ever
 
 _HEADER = struct.Struct("<8sqqq64s")  # magic, rank, size, process, host
 _SPOKEN = struct.Struct("<q")
@@ -248,10 +249,12 @@ def recorded(method: Method) -> Method:
     return call  # type: ignore[return-value]
 
 
-def memory_folder() -> str:
-    """Where files are memory, if there is such a place."""
-    if os.path.isdir("/dev/shm"):
-        return "/dev/shm"
+def memory_folder(folder: str = "/dev/shm") -> str:
+    """Where files are memory, if there is such a place, with room for the records and what Open MPI shares."""
+    with contextlib.suppress(OSError):
+        space = os.statvfs(folder)
+        if os.access(folder, os.W_OK | os.X_OK) and space.f_bavail * space.f_frsize >= _ROOM_BYTES:
+            return folder
     import tempfile
 
     return tempfile.gettempdir()
