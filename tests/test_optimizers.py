@@ -676,3 +676,17 @@ def test_a_schedule_that_refuses_its_state_leaves_the_options_as_they_are():
     with pytest.raises(ValueError, match="not this place"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1))])
+@pytest.mark.parametrize("what", ["the model itself", "its layers"])
+def test_a_model_in_place_of_its_parameters_is_refused_with_the_remedy(model, what):
+    given = model if what == "the model itself" else [model]
+    for take in (
+        lambda: optim.SGD(given, lr=0.1),
+        lambda: optim.ExponentialMovingAverage(given),
+        lambda: optim.clip_grad_norm_(given, 1.0),
+        lambda: optim.clip_grad_value_(given, 1.0),
+    ):
+        with pytest.raises(TypeError, match=rf"got a {type(model).__name__}; pass model\.parameters\(\)"):
+            take()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from distprop.optim.groups import checked_parameters
 from distprop.optim.layout import (
     CHUNK_BYTES,
     FlatState,
@@ -41,6 +42,7 @@ class ExponentialMovingAverage:
 
     Raises:
         ValueError: decay is not between 0 and 1, or there are no parameters.
+        TypeError: something is no parameter, such as a module.
         RuntimeError: a call inside `averaged()` that needs the weights themselves.
 
     Source: Polyak and Juditsky, 1992 (averaging); Tarvainen and Valpola, 2017, arXiv:1703.01780 (exponential).
@@ -51,7 +53,7 @@ class ExponentialMovingAverage:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         self.decay = decay
         self.updates = 0
-        self._parameters = list(parameters)
+        self._parameters = checked_parameters(parameters, "an average", Parameter)
         if not self._parameters:
             raise ValueError("an average needs at least one parameter (was the generator used up before?)")
         self._state = FlatState(self._parameters)

@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from distprop.optim.groups import checked_parameters
 from distprop.tape import Array
-from distprop.tensor import Parameter
+from distprop.tensor import Tensor
 
 _CHUNK = 16384  # numbers squared at once, in the second-level cache
 _SMALLEST = 1e-25  # sum of squares, besides which what float32 rounds to zero does not count
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Parameter] | Parameter,
+    parameters: Iterable[Tensor] | Tensor,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -31,13 +32,16 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: `max_norm` is negative, or `norm_type` not more than 0.
+        TypeError: something is no parameter, such as a module.
         RuntimeError: with `error_if_nonfinite`, the norm is NaN or infinite.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
     if not float(norm_type) > 0:
         raise ValueError(f"norm_type must be more than 0, got {norm_type}")
-    gradients = [parameter.grad for parameter in _several(parameters) if parameter.grad is not None]
+    gradients = [
+        parameter.grad for parameter in checked_parameters(parameters, "clipping", Tensor) if parameter.grad is not None
+    ]
     norm = _norm(gradients, float(norm_type))
     if error_if_nonfinite and not math.isfinite(norm):
         raise RuntimeError(
@@ -50,17 +54,13 @@ def clip_grad_norm_(
     return norm
 
 
-def clip_grad_value_(parameters: Iterable[Parameter] | Parameter, clip_value: float) -> None:
+def clip_grad_value_(parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
     """Clip every element of every gradient to ±`clip_value`."""
     if not clip_value >= 0:
         raise ValueError(f"clip_value must be 0 or more, got {clip_value}")
-    for parameter in _several(parameters):
+    for parameter in checked_parameters(parameters, "clipping", Tensor):
         if parameter.grad is not None:
             np.clip(parameter.grad, -clip_value, clip_value, out=parameter.grad)
-
-
-def _several(parameters: Iterable[Parameter] | Parameter) -> Iterable[Parameter]:
-    return [parameters] if isinstance(parameters, Parameter) else parameters
 
 
 def _norm(gradients: Sequence[Array], p: float) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from distprop.nn.module import Module
 from distprop.nn.norm import LayerNorm, RMSNorm
-from distprop.tensor import Parameter
+from distprop.tensor import Parameter, Tensor
 
+T = TypeVar("T", bound=Tensor)
 ParameterGroups: TypeAlias = Iterable[Parameter] | Iterable[tuple[str, Parameter]] | Iterable[Mapping[str, Any]]
 
 
@@ -56,6 +57,19 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
+def checked_parameters(parameters: Iterable[T] | T, taker: str, kind: type[T]) -> list[T]:
+    """The parameters, or the one, as a list.
+
+    Raises:
+        TypeError: something is not of that kind, such as a module.
+    """
+    several: list[Any] = [parameters] if isinstance(parameters, Tensor | Module) else list(parameters)
+    for parameter in several:
+        if not isinstance(parameter, kind):
+            raise TypeError(f"{taker} takes parameters, got a {type(parameter).__name__}; pass model.parameters()")
+    return several
+
+
 def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Groups with all options filled in.
 
@@ -63,7 +77,7 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
         ValueError: no parameters, or one given twice, or a group without "params".
         TypeError: something that is not a parameter, or an unknown option.
     """
-    given: list[Any] = list(params)
+    given: list[Any] = [params] if isinstance(params, Module) else list(params)
     if given and all(isinstance(item, Mapping) for item in given):
         if unnamed := [number for number, group in enumerate(given) if "params" not in group]:
             raise ValueError(f"parameter group {unnamed[0]} has no 'params', only {', '.join(given[unnamed[0]])}")
@@ -79,11 +93,7 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
                 "an optimizer needs at least one parameter "
                 "(a generator that was used up, or layers in a plain list instead of nn.ModuleList?)"
             )
-        for parameter in group["params"]:
-            if not isinstance(parameter, Parameter):
-                raise TypeError(
-                    f"an optimizer takes parameters, got a {type(parameter).__name__}; pass model.parameters()"
-                )
+        for parameter in checked_parameters(group["params"], "an optimizer", Parameter):
             if id(parameter) in seen:
                 raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
             seen.add(id(parameter))
