@@ -115,6 +115,7 @@ def adaptive_avg_pool2d(input: Operand, output_size: int | Sequence[int | None])
 
     Shapes: x `(batch, channels, height, width)`, y `(batch, channels, *output_size)`; None keeps a length.
     As a product, Y = A X Bᵀ for each channel, A and B being the means over rows and columns: dX = Aᵀ g B.
+    So a number that is not finite reaches all outputs of its image and channel, and not those of its windows alone.
 
     Raises:
         ValueError: an output size below 1, or x of other than 4 axes.
