@@ -43,6 +43,7 @@ class FlatBuffer:
         lane: the control lane, `(LANE_LENGTH,)`.
         message: gradients, extra and lane, one block of memory.
         sharers: the ranks that have one `data` between them, after `share`; else None.
+        sums: how many times the gradients were summed over the ranks, where somebody does that and counts; else None.
 
     Raises:
         TypeError: the parameters have different dtypes.
@@ -62,6 +63,7 @@ class FlatBuffer:
         self.message: Array = allocate(size + extra + LANE_LENGTH, dtypes[0])
         self.grad, self.extra, self.lane = np.split(self.message, [size, size + extra])
         self.sharers: Sharers | None = None
+        self.sums: int | None = None
         self._starts: dict[int, int] = {}
         start = 0
         for parameter in self.parameters:

@@ -388,6 +388,8 @@ class DataParallel:
         self._buffer.extra[:] = 0
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
+        if self._buffer.sums is not None:
+            self._buffer.sums += 1
         self._verify_due = bool(received.verify)
         if refused:
             self._refuse_bad_gradients()
@@ -433,6 +435,8 @@ class DataParallel:
         """Move the parameters into one buffer, and say how its message is summed."""
         extra = self._statistics.size + (self._passengers.size if self._passengers is not None else 0)
         self._buffer = FlatBuffer(self._trained, extra, self.comm.allocate)
+        if self.comm.size > 1 and self.comm.rank == 0:
+            self._buffer.sums = 0  # so that an optimizer's warning is said once
         node = self.comm.node
         self._in_shared_memory = node is not None and node.arrays(self._buffer.message) is not None
         if node is not None and not self._in_shared_memory:

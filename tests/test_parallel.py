@@ -4,7 +4,7 @@ import pytest
 import parallel_suite
 import split_invariance
 from distprop import functional as F
-from distprop import nn, random
+from distprop import nn, optim, random
 from distprop.comm import CollectiveError, SoloCommunicator, run_threads
 from distprop.data import Loader
 from distprop.parallel import DataParallel
@@ -89,6 +89,40 @@ def test_a_parameter_without_gradient_is_named_once_by_rank_0():
     with pytest.warns(UserWarning, match=r"no gradient reached after, before\.weight, before\.bias;") as caught:
         run_threads(3, three_steps)
     assert len(caught) == 1
+
+
+def two_optimizers(comm, wrong):
+    """Three steps, of which the last two go `wrong`; the mean gradient and one of each rank differ."""
+    model = make_model()
+    parallel = DataParallel(model, comm)
+    first, *others = model.parameters()
+    optimizers = [optim.SGD([first], lr=0.1), optim.SGD(others, lr=0.1)]
+    x, y = rows(2)
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with parallel.no_sync():
+            F.mse_loss(parallel(x), y).backward()
+        if wrong is None or step == 0:
+            F.mse_loss(parallel(x + comm.rank), y).backward()
+        elif wrong == "model":
+            F.mse_loss(model(x + comm.rank), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("wrong", ["model", "no_sync"])
+def test_steps_with_the_gradients_of_one_rank_are_said_once_by_rank_0(wrong):
+    with pytest.warns(UserWarning, match=r"gradients of this rank alone.*in place of the model inside it") as caught:
+        run_threads(2, lambda comm: two_optimizers(comm, wrong))
+    assert len(caught) == 2  # one by each optimizer
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_with_the_mean_gradient_are_passed_over_in_silence():
+    for size in (1, 2):
+        run_threads(size, lambda comm: two_optimizers(comm, wrong=None))
+    two_optimizers(SoloCommunicator(), wrong="model")
 
 
 def dropped_out(comm, said):

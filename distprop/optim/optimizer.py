@@ -6,12 +6,13 @@ but their weight decay are walked together, so that weights and biases lying in 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from distprop.buffer import Sharers, fill_missing
+from distprop.buffer import FlatBuffer, Sharers, fill_missing
 from distprop.optim.groups import ParameterGroups, filled_groups
 from distprop.optim.layout import (
     CHUNK_BYTES,
@@ -64,6 +65,8 @@ class Optimizer:
         self._laid_out_for: object = None
         self._plan: dict[tuple[int, int], list[list[Chunk]]] = {}
         self._sharers: list[Sharers] = []
+        self._sums: dict[FlatBuffer, int | None] = {}  # of each buffer whose gradients are summed, at the last step
+        self._warned = False
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -106,6 +109,7 @@ class Optimizer:
         Where the ranks of a node share the parameters, each updates its slice, and all of them call this.
         """
         self._lay_out()
+        self._look_for_sums()
         fill_missing(self._members)
         meet(self._sharers)  # nobody reads the parameters any more
         for (number, missed), of_this_kind in self._plan.items():
@@ -206,6 +210,19 @@ class Optimizer:
             self._cut(numbers, names, alone, decays)
             self._laid_out_for = (numbers, names, alone, decays, buffers, trained)
 
+    def _look_for_sums(self) -> None:
+        """Warn if gradients that were to be the mean over the ranks are still this rank's own."""
+        for buffer, before in self._sums.items():
+            if before == buffer.sums and not self._warned and any(p.has_grad and not p.zeroed for p in self._members):
+                self._warned = True
+                warnings.warn(
+                    "step() has the gradients of this rank alone: since the step before no backward pass went through "
+                    "DataParallel. Call it in place of the model inside it, and leave no_sync() for the last backward "
+                    "pass (said once)",
+                    stacklevel=3,
+                )
+            self._sums[buffer] = buffer.sums
+
     def _cut(
         self, numbers: Sequence[int], names: Sequence[tuple[str, ...]], alone: Sequence[bool], decays: Sequence[float]
     ) -> None:
@@ -220,6 +237,8 @@ class Optimizer:
         )
         kind = [(numbers[n], self._missed[i], i if alone[n] else None) for i, n in enumerate(group_of)]
         self._sharers = sharers_of(parameters)
+        buffers = {parameter.buffer for parameter in parameters}
+        self._sums = {buffer: None for buffer in buffers if isinstance(buffer, FlatBuffer) and buffer.sums is not None}
         self._plan = {}
         scratch: dict[np.dtype[Any], Array] = {}
         for stretch in stretches(parameters, [i for i in order if parameters[i].requires_grad], kind):
