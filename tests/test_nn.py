@@ -688,3 +688,33 @@ def test_a_state_of_what_is_no_number_changes_nothing():
         model.load_state_dict(state)
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+def with_buffers(library, array):
+    """The same module in both libraries; one linear layer is in two places."""
+
+    class Net(library.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = library.Sequential(library.Linear(3, 2), library.BatchNorm1d(2))
+            self.again = self.inner[0]
+            self.register_parameter("scale", library.Parameter(array([1.0])))
+            self.register_buffer("seen", array([0.0]))
+            self.register_buffer("mask", array([1.0, 0.0]), persistent=False)
+            self.register_buffer("kept", array([2.0]), persistent=False)
+            self.register_buffer("kept", array([3.0]))
+
+    return Net()
+
+
+def test_parameters_and_buffers_are_listed_as_pytorch_lists_them(torch):
+    ours = with_buffers(nn, lambda values: np.array(values, np.float32))
+    theirs = with_buffers(torch.nn, torch.tensor)
+    for options in ({}, {"prefix": "net"}, {"recurse": False}, {"prefix": "a.b", "recurse": False}):
+        for what in ("named_parameters", "named_buffers"):
+            names = [{name for name, _ in getattr(model, what)(**options)} for model in (ours, theirs)]
+            assert names[0] == names[1], (what, options)
+    assert len(list(ours.parameters(recurse=False))) == len(list(ours.buffers(recurse=False))) - 2 == 1
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    assert "mask" not in ours.state_dict()
+    assert ours.double().mask.dtype == np.float64

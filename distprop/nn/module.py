@@ -36,6 +36,7 @@ class Module:
 
     training = True
     _buffer_names: tuple[str, ...] = ()
+    _not_saved: frozenset[str] = frozenset()  # of the buffers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; every subclass defines it."""
@@ -45,10 +46,14 @@ class Module:
         """The output of `forward`."""
         return self.forward(*args, **kwargs)
 
-    def register_buffer(self, name: str, value: ArrayLike) -> None:
-        """An array that is saved with the model but not trained, such as a running mean; read it as an attribute."""
+    def register_buffer(self, name: str, value: ArrayLike, persistent: bool = True) -> None:
+        """An array that is not trained, such as a running mean; read it as an attribute.
+
+        It is saved with the model unless `persistent` is False, as for a mask that the constructor makes.
+        """
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
+        self._not_saved = self._not_saved - {name} if persistent else self._not_saved | {name}
         setattr(self, name, np.array(value))
 
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
@@ -86,34 +91,39 @@ class Module:
         """This module and all below it, each once."""
         return (module for _, module in self.named_modules())
 
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Each parameter once, with its dotted name; one that is shared keeps its first name."""
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
+        """Each parameter once, with its dotted name; one that is shared keeps its first name.
+
+        `prefix` is a name of this module to begin with; without `recurse` those of submodules are left out.
+        """
         seen: set[int] = set()
-        for name, parameter in self._all_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
+        for place, module in self._all_modules(prefix) if recurse else [(prefix, self)]:
+            for name, parameter in module._own_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield _join(place, name), parameter
 
-    def parameters(self) -> Iterator[Parameter]:
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Each parameter once."""
-        return (parameter for _, parameter in self.named_parameters())
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
 
-    def named_buffers(self) -> Iterator[tuple[str, Array]]:
-        """The arrays that are saved but not trained, with dotted names."""
-        for prefix, module in self.named_modules():
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array]]:
+        """The arrays that are not trained, with dotted names; the arguments are those of `named_parameters`."""
+        for place, module in self.named_modules(prefix) if recurse else [(prefix, self)]:
             for name in module._buffer_names:
-                yield _join(prefix, name), module._buffer(name)
+                yield _join(place, name), module._buffer(name)
 
-    def buffers(self) -> Iterator[Array]:
-        """The arrays that are saved but not trained."""
-        return (buffer for _, buffer in self.named_buffers())
+    def buffers(self, recurse: bool = True) -> Iterator[Array]:
+        """The arrays that are not trained."""
+        return (buffer for _, buffer in self.named_buffers(recurse=recurse))
 
     def state_dict(self) -> dict[str, Array]:
-        """All parameters and buffers by name; the arrays themselves, not copies."""
+        """All parameters and persistent buffers by name; the arrays themselves, not copies."""
         state: dict[str, Array] = {}
         for prefix, module in self._all_modules():
             state.update((_join(prefix, name), p.data) for name, p in module._own_parameters())
-            state.update((_join(prefix, name), module._buffer(name)) for name in module._buffer_names)
+            saved = (name for name in module._buffer_names if name not in module._not_saved)
+            state.update((_join(prefix, name), module._buffer(name)) for name in saved)
         return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
@@ -209,11 +219,6 @@ class Module:
         yield prefix, self
         for name, child in self.named_children():
             yield from child._all_modules(_join(prefix, name))
-
-    def _all_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for prefix, module in self._all_modules():
-            for name, parameter in module._own_parameters():
-                yield _join(prefix, name), parameter
 
 
 class _Modules(Module):
