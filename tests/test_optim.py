@@ -358,6 +358,10 @@ SCHEDULES = [
             (20, 0.3, {}),
             (37, 0.45, {"div_factor": 10, "final_div_factor": 100}),
             (20, 0.0, {}),
+            (20, 0.3, {"anneal_strategy": "linear"}),
+            (30, 0.4, {"three_phase": True}),
+            (31, 0.25, {"three_phase": True, "anneal_strategy": "linear", "final_div_factor": 50}),
+            (20, 0.5, {"three_phase": True}),
         )
     ),
 ]
@@ -445,6 +449,10 @@ def test_one_cycle_rises_for_a_share_of_the_steps():
     for rise in (-0.1, 1.1):
         with pytest.raises(ValueError, match="rise is a share of the steps, between 0 and 1"):
             schedule.one_cycle(0.1, 10, rise)
+    with pytest.raises(ValueError, match=r"between 0 and 0\.5 with three_phase; got 0\.6"):
+        schedule.one_cycle(0.1, 10, 0.6, three_phase=True)
+    with pytest.raises(ValueError, match="anneal_strategy must be one of 'cos', 'linear'; got 'cosine'"):
+        schedule.one_cycle(0.1, 10, anneal_strategy="cosine")
 
 
 # clipping

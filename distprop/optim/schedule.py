@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 from distprop.optim.optimizer import Schedule
 
@@ -66,32 +67,53 @@ def warmup(schedule: Schedule | float, steps: int, start: float = 0.0) -> Schedu
 
 
 def one_cycle(
-    max_lr: float, steps: int, rise: float = 0.3, div_factor: float = 25.0, final_div_factor: float = 1e4
+    max_lr: float,
+    steps: int,
+    rise: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    anneal_strategy: Literal["cos", "linear"] = "cos",
+    three_phase: bool = False,
 ) -> Schedule:
-    """Up to `max_lr` along half a cosine during the share `rise` of `steps`, then down along another.
+    """Up to `max_lr` along half a cosine, or a line, during the share `rise` of `steps`, then down along another.
 
-    It starts at max_lr/div_factor and ends at that divided by final_div_factor. The momentum stays as it is, where
-    PyTorch's moves it the other way, between 0.85 and 0.95, unless it is told `cycle_momentum=False`.
-    Source: Smith and Topin, 2017, arXiv:1708.07120 (PyTorch's OneCycleLR).
+    It starts at max_lr/div_factor and ends at that divided by final_div_factor. With `three_phase` it comes down to
+    where it started as fast as it went up, and from there in the rest of the steps to its end. The momentum stays as it
+    is, where PyTorch's moves it the other way, between 0.85 and 0.95, unless it is told `cycle_momentum=False`.
+    Source: Smith and Topin, 2017, arXiv:1708.07120 (PyTorch's OneCycleLR, whose `pct_start` is `rise`).
     """
     _positive(steps=steps)
-    if not 0 <= rise <= 1:
-        raise ValueError(f"rise is a share of the steps, between 0 and 1; got {rise}")
-    first = max_lr / div_factor
-    last = first / final_div_factor
-    top = rise * steps - 1
+    if not 0 <= rise <= (0.5 if three_phase else 1):
+        most = "0.5 with three_phase" if three_phase else "1"
+        raise ValueError(f"rise is a share of the steps, between 0 and {most}; got {rise}")
+    if anneal_strategy not in _ANNEALED:
+        raise ValueError(f"anneal_strategy must be one of {', '.join(map(repr, _ANNEALED))}; got {anneal_strategy!r}")
+    annealed, first, top = _ANNEALED[anneal_strategy], max_lr / div_factor, rise * steps - 1
+    phases = [(top, first, max_lr), *([(2 * top, max_lr, first)] if three_phase else [])]
+    phases.append((steps - 1, phases[-1][2], first / final_div_factor))
 
     def rate(step: int) -> float:
-        if step < top:
-            return _half_cosine(first, max_lr, step / top)
-        falling = steps - 1 - top
-        return _half_cosine(max_lr, last, min(1.0, (step - top) / falling) if falling > 0 else float(step > top))
+        start = 0.0
+        for end, of_start, of_end in phases[:-1]:
+            if step < end:
+                return annealed(of_start, of_end, (step - start) / (end - start))
+            start = end
+        end, of_start, of_end = phases[-1]
+        share = min(1.0, (step - start) / (end - start)) if end > start else float(step > start)
+        return annealed(of_start, of_end, share)
 
     return rate
 
 
 def _half_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _line(start: float, end: float, share: float) -> float:
+    return start + (end - start) * share
+
+
+_ANNEALED = {"cos": _half_cosine, "linear": _line}
 
 
 def _positive(**steps: int) -> None:
