@@ -44,6 +44,13 @@ OPERATIONS = [
         name="attention",
         loosen=4,  # the gradient of a score is the difference of two sums, which cancel where one key wins
     ),
+    Operation(
+        attention,
+        [((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 3)), ((6, 3, 5), (2, 4, 5), (3, 4, 2)), ((1, 2, 3),) * 3],
+        [{"enable_gqa": True}, {"enable_gqa": True, "scale": 0.4}],
+        name="attention of grouped queries",
+        loosen=4,  # as above
+    ),
     Operation(attention, [SELF], [{}, {"scale": 12.0}], name="attention masked", constants=booleans(2, 4, 4)),
     Operation(attention, [CROSS], [{}, {"scale": 9.0}], name="attention masked for all", constants=booleans(3, 5)),
     Operation(attention, [CROSS], name="attention masked for all heads", constants=booleans(2, 1, 3, 5)),
@@ -182,6 +189,9 @@ def test_dropout_keeps_the_mean(rng):
         (((2, 3, 4),) * 3, {"attn_mask": np.ones((3, 3), int)}, TypeError, "mask of dtype int64.* boolean, or float64"),
         (((2, 3, 4),) * 3, {"attn_mask": np.ones((3, 3), "f")}, TypeError, "mask of dtype float32"),
         (((2, 3, 4),) * 3, {"dropout_p": 1.5}, ValueError, "probability between 0 and 1, got 1.5"),
+        ([(3, 4, 2), (2, 4, 2), (3, 4, 2)], {"enable_gqa": True}, ValueError, "several for each one of the keys"),
+        ([(4, 2), (4, 2), (4, 2)], {"enable_gqa": True}, ValueError, "several for each one of the keys"),
+        ([(4, 4, 2), (2, 4, 2), (2, 5, 2)], {"enable_gqa": True}, ValueError, "it needs"),
     ],
 )
 def test_attention_says_what_does_not_fit(shapes, options, error, message):

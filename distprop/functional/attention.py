@@ -13,6 +13,7 @@ import numpy as np
 
 from distprop.functional.check import same_dtype
 from distprop.functional.dropout import check_probability, dropout_scale
+from distprop.functional.embedding import take
 from distprop.tape import Array, Out, sum_to
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -28,6 +29,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """O = P V, where P is the softmax of the scores S = s Q Kᵀ + mask over the keys; s = 1/√E by default.
 
@@ -35,7 +37,9 @@ def scaled_dot_product_attention(
     `(batch, heads)` in front. `attn_mask` broadcasts to `(..., L, S)`: True where a query may look, or floating-point
     numbers that are added to the scores. `is_causal` lets query i look at the keys 0 to i only; with a mask, both
     hold (PyTorch refuses that). A query that may look nowhere gets 0. `dropout_p` zeroes weights whenever it is not 0,
-    with the masks of `dropout`: the first axis is the batch.
+    with the masks of `dropout`: the first axis is the batch. With `enable_gqa` K and V may have fewer heads, the axis
+    before the last two, each for several neighbouring heads of Q (grouped queries: Ainslie et al., 2023,
+    arXiv:2305.13245).
 
     Derivative: dV = Pᵀ g, dS = P ⊙ (g Vᵀ − Σ g ⊙ O), the sum over a query's outputs, dQ = s dS K, dK = s dSᵀ Q;
     the mask's, if it needs one, is dS. Sources: Vaswani et al., 2017, arXiv:1706.03762; Σ g ⊙ O instead of
@@ -46,6 +50,8 @@ def scaled_dot_product_attention(
         TypeError: the dtypes differ, or the mask is neither boolean nor of the queries' dtype.
     """
     q, k, v = as_tensor(query), as_tensor(key), as_tensor(value)
+    if enable_gqa:
+        k, v = _for_all_heads(q, k), _for_all_heads(q, v)
     _check_inputs(q, k, v)
     check_probability("scaled_dot_product_attention", dropout_p)
     shape = (*q.shape[:-1], k.shape[-2])
@@ -92,6 +98,17 @@ def scaled_dot_product_attention(
 
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     return record(outputs, inputs, vjp)
+
+
+def _for_all_heads(q: Tensor, shared: Tensor) -> Tensor:
+    """Keys or values with each head repeated for the neighbouring heads of the queries that share it."""
+    heads = [tensor.shape[-3] if tensor.ndim > 2 else 0 for tensor in (q, shared)]
+    if not heads[1] or heads[0] % heads[1]:
+        raise ValueError(
+            f"scaled_dot_product_attention got query {q.shape} and key or value {shared.shape}; with enable_gqa the "
+            "heads, the axis before the last two, must be several for each one of the keys"
+        )
+    return take(shared, np.repeat(np.arange(heads[1]), heads[0] // heads[1]), dim=-3)
 
 
 def _transposed(matrices: Array) -> Array:
