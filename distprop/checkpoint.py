@@ -193,9 +193,10 @@ class Writer:
             part: {name: np.array(array) for name, array in arrays.items()}
             for part, arrays in checkpoint.tensors.items()
         }
+        state = json.loads(json.dumps(checkpoint.state))  # what JSON cannot say is an error here, not in the thread
         self.wait()
         self._thread = threading.Thread(
-            target=self._write, args=(Checkpoint(checkpoint.step, copies, checkpoint.state),), name="checkpoint"
+            target=self._write, args=(Checkpoint(checkpoint.step, copies, state),), name="checkpoint"
         )
         self._thread.start()
 

@@ -134,15 +134,18 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         _check_parts(model, loss, optimizer)
-        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("shards", shards)):
+        whole = {"batch_size": batch_size, "accumulate": accumulate, "shards": shards, "seed": seed}
+        for name, value in whole.items():
             if not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} is a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value < (name != "seed"):
+                raise ValueError(f"{name} must be {'0 or more' if name == 'seed' else 'at least 1'}, got {value}")
+        batch_size, accumulate, shards, seed = map(int, whole.values())  # NumPy's numbers are nothing for JSON
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
+        clip_norm = None if clip_norm is None else float(clip_norm)
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         if run_dir is None and (checkpoint_every is not None or resume):

@@ -51,6 +51,26 @@ def lines(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
 
 
+def test_numpys_numbers_are_saved_and_resumed_as_pythons(tmp_path: Path) -> None:
+    """As options of the optimizer, and as settings; JSON cannot say them."""
+
+    def run(folder: Path, number, steps: int, **options) -> bytes:
+        dp.manual_seed(0)
+        model = nn.Linear(6, 3)
+        betas, weight_decay = (number(np.float64(0.9)), 0.75), number(np.float32(0.5))
+        optimizer = optim.Adam(model.parameters(), lr=number(np.float32(0.5)), betas=betas, weight_decay=weight_decay)
+        numbers = {"batch_size": number(np.int64(8)), "seed": number(np.int32(3)), "accumulate": number(np.uint8(2))}
+        numbers |= {"clip_norm": number(np.float32(0.5)), "checkpoint_every": 2}
+        trainer = dp.Trainer(model, F.cross_entropy, optimizer, run_dir=folder, progress=False, **numbers, **options)
+        trainer.fit(dataset(), steps=steps)
+        return parameters(trainer)
+
+    expected = run(tmp_path / "plain", lambda value: value.item(), 6)
+    run(tmp_path / "numpy", lambda value: value, 4)
+    assert len(list((tmp_path / "numpy/checkpoints").glob("step-*"))) == 2
+    assert run(tmp_path / "numpy", lambda value: value, 6, resume=True) == expected
+
+
 class Interruption(Exception):  # noqa: N818 - it is no error
     pass
 

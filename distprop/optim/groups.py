@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import numpy as np
+
 from distprop.nn.module import Module
 from distprop.nn.norm import LayerNorm, RMSNorm
 from distprop.tensor import Parameter, Tensor
@@ -86,6 +88,7 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
         groups = [{**defaults, "params": _without_names(given)}]
     seen: set[int] = set()
     for group in groups:
+        group.update({name: plain(option) for name, option in group.items() if name != "params"})
         if unknown := set(group) - set(defaults) - {"params"}:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
         if not group["params"]:
@@ -98,6 +101,15 @@ def filled_groups(params: ParameterGroups, defaults: Mapping[str, Any]) -> list[
                 raise ValueError(f"a parameter of shape {parameter.shape} was given twice")
             seen.add(id(parameter))
     return groups
+
+
+def plain(value: Any) -> Any:
+    """Python's numbers in place of NumPy's, which would make float64 of float32 arrays, and which JSON cannot say."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
 def _without_names(params: Parameter | Iterable[Any]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distprop.optim.groups import plain
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
@@ -111,10 +112,10 @@ def counting_problems(steps: Any, missed: Any, parameters: int) -> list[str]:
 
 
 def _plain_options(group: Group) -> dict[str, Any]:
-    """The options that are not code; a schedule's own state stands for the schedule."""
-    options = {name: value for name, value in group.items() if name != "params" and not callable(value)}
+    """The options that are not code, as JSON can say them; a schedule's own state stands for the schedule."""
+    options = {name: plain(value) for name, value in group.items() if name != "params" and not callable(value)}
     if hasattr(group["lr"], "state_dict"):
-        options["lr"] = group["lr"].state_dict()
+        options["lr"] = plain(group["lr"].state_dict())
     return options
 
 
