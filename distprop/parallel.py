@@ -144,6 +144,7 @@ class DataParallel:
         self._broadcast()
         self._share_parameters()
         self.verify()
+        self._complete = False  # until the first reduction, parameters may be added
         self._sending: dict[str, float] = {}
         self._syncing = True
         self._forward_pass: _ForwardPass | None = None
@@ -253,13 +254,23 @@ class DataParallel:
 
         Raises:
             DivergenceError: names the first parameter that differs, and the ranks.
+            RuntimeError: the module has other parameters than when this was made.
         """
+        self._refuse_other_parameters()
         parameters = [*reversed(self._buffer.parameters), *self._frozen]
         named = [(self._names[id(parameter)], parameter) for parameter in parameters]
         seconds = compare_values(named, self.comm, self._pace.own_seconds(self.reductions))
         self._verify_due, self._verified = False, time.monotonic()
         for line in self._pace.compare(seconds):
             self._say(line)
+
+    def _refuse_other_parameters(self) -> None:
+        now = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        if now.keys() != self._names.keys():
+            added = [name for key, name in now.items() if key not in self._names]
+            gone = [name for key, name in self._names.items() if key not in now]
+            what = [f"{' and '.join(names)} {verb}" for names, verb in ((added, "came"), (gone, "went")) if names]
+            raise RuntimeError(f"{', '.join(what)} after DataParallel was made; make it anew, it does not sum others")
 
     def parameters(self) -> Iterator[Parameter]:
         """The module's parameters."""
@@ -408,6 +419,9 @@ class DataParallel:
         )
 
     def _verify_every_so_often(self) -> None:
+        if not self._complete:
+            self._refuse_other_parameters()
+            self._complete = True
         if self._verify_due or (self.verify_every and self.reductions % self.verify_every == self.verify_every - 1):
             self.verify()
 

@@ -8,6 +8,7 @@ from distprop import nn, optim, random
 from distprop.comm import CollectiveError, SoloCommunicator, run_threads
 from distprop.data import Loader
 from distprop.parallel import DataParallel
+from distprop.tensor import Parameter
 from parallel_suite import make_model, rows
 from scenario import run
 from split_invariance import CASES, SEED, STEPS, make_optimizer, train_in_a_loop
@@ -89,6 +90,40 @@ def test_a_parameter_without_gradient_is_named_once_by_rank_0():
     with pytest.warns(UserWarning, match=r"no gradient reached after, before\.weight, before\.bias;") as caught:
         run_threads(3, three_steps)
     assert len(caught) == 1
+
+
+def changed(change, late):
+    """Three steps of a model that is changed after DataParallel was made, at once or after the first step."""
+
+    def train(comm):
+        model = make_model()
+        parallel = DataParallel(model, comm, verify_every=3)
+        x, y = rows(2)
+        for step in range(1, 6):
+            if step == (2 if late else 1):
+                change(model)
+            model.zero_grad()
+            F.mse_loss(parallel(x), y).backward()
+
+    return train
+
+
+@pytest.mark.filterwarnings("ignore:no gradient reached")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.append(nn.Linear(2, 2).double()), r"3\.weight and 3\.bias came after"),
+        (lambda model: setattr(model[0], "weight", Parameter(model[0].weight.data)), r"0\.weight came, 0\.weight went"),
+        (
+            lambda model: model.__setitem__(0, nn.Linear(4, 6, False).double()),
+            r"weight came, 0\.weight and 0\.bias went",
+        ),
+    ],
+)
+def test_parameters_that_come_or_go_later_are_refused(change, message, late):
+    with pytest.raises(RuntimeError, match=f"{message}.*DataParallel was made; make it anew"):
+        run_threads(2, changed(change, late))
 
 
 def two_optimizers(comm, wrong):
