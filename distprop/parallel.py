@@ -93,8 +93,8 @@ class DataParallel:
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
-        TypeError: what is wrapped is no module; by a call, when there is no array in the arguments or no tensor in the
-            output.
+        TypeError: what is wrapped is no module, or its parameters have 16 bits; by a call, when there is no array in
+            the arguments or no tensor in the output.
         DivergenceError: parameters differ between ranks; names the first one and the ranks.
         ScheduleError: a rank is at another step.
         NonFiniteGradientError: by a backward pass; names the ranks and the first parameter on each.
@@ -447,6 +447,12 @@ class DataParallel:
 
     def _place_parameters(self) -> None:
         """Move the parameters into one buffer, and say how its message is summed."""
+        for parameter in self._trained:
+            if parameter.dtype not in (np.float32, np.float64):
+                raise TypeError(
+                    f"{self._names[id(parameter)]} is {parameter.dtype}; gradients are summed in float32 or float64, "
+                    "and counts travel with them, for which 16 bits are too few: model.float()"
+                )
         extra = self._statistics.size + (self._passengers.size if self._passengers is not None else 0)
         self._buffer = FlatBuffer(self._trained, extra, self.comm.allocate)
         if self.comm.size > 1 and self.comm.rank == 0:

@@ -126,6 +126,13 @@ def test_parameters_that_come_or_go_later_are_refused(change, message, late):
         run_threads(2, changed(change, late))
 
 
+def test_parameters_of_16_bits_are_refused_for_no_count_of_examples_fits_beside_their_gradients():
+    with pytest.raises(
+        TypeError, match=r"0\.weight is float16; gradients are summed in float32 or float64.*\.float\(\)"
+    ):
+        DataParallel(make_model().to(np.float16))
+
+
 def two_optimizers(comm, wrong):
     """Three steps, of which the last two go `wrong`; the mean gradient and one of each rank differ."""
     model = make_model()
