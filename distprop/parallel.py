@@ -154,6 +154,7 @@ class DataParallel:
         # Of all ranks in one backward pass; gradients start from a rank's share of them. A resumed run goes on with it,
         # or its gradients would be rounded otherwise.
         self.expected_examples = 1.0
+        self._divisor: float | None = None  # of this rank's passes since the last message, if it is another model's
         self._backwards = 0
         self._verify_due = False
         self.reduced = (0, 0)  # when the last sum over the ranks began and ended, in ns of time.perf_counter_ns
@@ -300,6 +301,7 @@ class DataParallel:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
         if self._backwards and self._untouched():
             self._examples, self._backwards, self._kept = 0.0, 0, None  # zero_grad() threw the passes so far away
+            self._divisor = None
         fresh = self._backwards == 0 and self._kept is None
         if fresh and any(parameter.has_grad for parameter in self._trained):
             fill_missing(self._trained)
@@ -307,12 +309,14 @@ class DataParallel:
             self.zero_grad()
         self._walking = True
         here.at(recorder.BACKWARD)
-        return (examples if self._examples_given is None else self._examples_given) / self.expected_examples
+        return (examples if self._examples_given is None else self._examples_given) / (
+            self._divisor or self.expected_examples
+        )
 
-    def _expect_as(self, other: DataParallel) -> None:
+    def _weigh_as(self, other: DataParallel) -> None:
         """One backward pass, with one weight, goes through this model and another one, such as those of a GAN."""
         if self._backwards == 0:
-            self.expected_examples = other.expected_examples
+            self._divisor = other._divisor or other.expected_examples
 
     def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once
@@ -321,7 +325,7 @@ class DataParallel:
         self._examples += examples
         self._backwards += 1
         if self._passengers is not None and self._backwards == 1:
-            self._passengers.after_backward(examples, examples / self.expected_examples)
+            self._passengers.after_backward(examples, examples / (self._divisor or self.expected_examples))
         if self._syncing and self._tree is None:
             self._reduce()
         elif self._untouched():
@@ -336,6 +340,7 @@ class DataParallel:
         if self._tree is None:
             raise RuntimeError("end_shard() is for DataParallel(..., shards=n)")
         self._fill_missing()
+        self._weigh_anew()
         self._write_lane()
         self._board()
         self._tree.add(self._buffer.message)
@@ -361,12 +366,19 @@ class DataParallel:
         self._fill_missing()
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
+        self._weigh_anew()
         self._write_lane()
         self._board()
         began = time.perf_counter_ns()
         bad = self._sum.allreduce()
         self.reduced = (began, time.perf_counter_ns())
         self._finish(self.comm.size, bad)
+
+    def _weigh_anew(self) -> None:
+        """Give this rank's gradients the weight that those of all ranks have, also of one without a backward pass."""
+        if self._divisor not in (None, self.expected_examples):
+            self._buffer.grad *= self._buffer.grad.dtype.type(self._divisor / self.expected_examples)
+        self._divisor = None
 
     def _board(self) -> None:
         if self._passengers is not None:
@@ -511,7 +523,7 @@ class _ForwardPass:
 
     def begin(self, first: BackwardPass | None) -> float:
         if isinstance(first, _ForwardPass) and first.examples == self.examples:
-            self.parallel._expect_as(first.parallel)
+            self.parallel._weigh_as(first.parallel)
         return self.parallel._begin(self.examples)
 
     def end(self) -> None:

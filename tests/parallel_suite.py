@@ -192,6 +192,34 @@ def one_backward_pass_goes_through_two_models(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def one_backward_pass_goes_through_two_models_and_a_rank_without_data_has_none(comm: Communicator) -> None:
+    """The models expect different numbers of examples; only ranks with data know which of them they are weighed by."""
+    first, second = make_model(), nn.Linear(2, 1, dtype=np.float64)
+    inner, outer = DataParallel(first, comm), DataParallel(second, comm)
+    (x, _), (z, _) = rows(4), (np.random.default_rng(0).normal(size=(7, 2)), None)
+
+    def backward(model: DataParallel, loss: Tensor | None, examples: int) -> None:
+        model.backward(loss if loss is not None else Tensor(np.zeros(())), examples=examples)
+
+    for _ in range(3):
+        for model in (first, second):
+            model.zero_grad()
+        backward(outer, outer(z).mean() if comm.rank == 0 else None, 7 if comm.rank == 0 else 0)
+        for model in (first, second):
+            model.zero_grad()
+        if comm.rank == 0:
+            outer(inner(x)).mean().backward()
+        else:
+            for wrapped in (inner, outer):  # as they were called
+                backward(wrapped, None, 0)
+        expected, last = make_model(), nn.Linear(2, 1, dtype=np.float64)
+        last.load_state_dict(second.state_dict())
+        last(expected(x)).mean().backward()
+        assert_gradients(first, gradients(expected))
+        assert_gradients(second, gradients(last))
+
+
+@suite.scenario()
 def one_collective_carries_a_step(comm: Communicator) -> None:
     counting = Counting(comm)
     model = make_model()
