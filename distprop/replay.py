@@ -138,7 +138,7 @@ def plan(run_dir: Path, step: int, rank: int, *, script: Path | None = None, pro
         program = program or find_program(run_dir, session, script, remarks.append)
     except ProgramError as error:
         raise ReplayError(str(error)) from error
-    return Plan(run, step, rank, session, _state(run_dir, step, session, remarks), program, _hashes(run_dir), remarks)
+    return Plan(run, step, rank, session, _state(run_dir, step, remarks), program, _hashes(run_dir), remarks)
 
 
 def replay(plan: Plan) -> Replayed:
@@ -168,14 +168,8 @@ def replay(plan: Plan) -> Replayed:
     return Replayed(arrays, seen.capture.kinds, "\n".join(lines), path)
 
 
-def _state(run_dir: Path, step: int, session: Mapping[str, Any], remarks: list[str]) -> Checkpoint | None:
+def _state(run_dir: Path, step: int, remarks: list[str]) -> Checkpoint | None:
     """The newest state before `step` that the program can go on from."""
-    if session.get("fit", 1) > 1:
-        remarks.append(
-            f"step {step} was made in call number {session['fit']} of fit, which a checkpoint does not lead into; "
-            "the run is made again from its beginning"
-        )
-        return None
     try:
         return checkpoint.newest(run_dir / "checkpoints", remarks.append, before=step)
     except CheckpointError as error:

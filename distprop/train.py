@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -82,9 +83,10 @@ class Trainer:
         run_dir: a folder for `metrics.jsonl` and `checkpoints`, of rank 0; made if it is missing.
         checkpoint_every: write a checkpoint every so many steps, when the validation loss is the best so far, and at
             the end of `fit`. The newest three and the best are kept.
-        resume: go on from the newest whole checkpoint in `run_dir`, if there is one, on any number of ranks. The first
-            call of `fit` then ends where the interrupted one would have ended. With DISTPROP_RESUME=1, which a restart
-            by `distprop run --max-restarts` sets, every Trainer that has a `run_dir` resumes.
+        resume: go on from the newest whole checkpoint in `run_dir`, if there is one, on any number of ranks. Calls of
+            `fit` that were complete by then return at once, and the next one ends where it would have ended without
+            the interruption. With DISTPROP_RESUME=1, which a restart by `distprop run --max-restarts` sets, every
+            Trainer that has a `run_dir` resumes.
         fingerprint: record a hash of every parameter after every step in `run_dir`, and compare the ranks by it every
             16 steps; see `distprop fingerprint`. By default in deterministic mode, if there is a `run_dir`.
         profile: record the time line of every rank in `trace.json` in `run_dir`, of the next so many steps of `fit`, or
@@ -207,7 +209,7 @@ class Trainer:
             health=self._health, timeline=self._timeline, wishes=self._wishes,
         )  # fmt: skip
         self._fits = 0  # calls of fit so far
-        self._resumed = found is not None
+        self._fit_resumed = 0  # the number of the call that the checkpoint is of, until it is made
         if found is not None:
             self._restore(found.step, found.state)
 
@@ -253,6 +255,8 @@ class Trainer:
             check_dataset(validation)
             if not len(validation):
                 raise ValueError("fit() got an empty validation set")
+        if self._fits + 1 < self._fit_resumed:
+            return self._pass_over()
         told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
         compare_settings(told | self._identity(), self.comm)
         loader = Loader(
@@ -265,9 +269,9 @@ class Trainer:
                 f"the rest of it is not in a dataset of {len(dataset)}"
             )
         self._examples = len(dataset)
-        if not self._resumed:
+        if not self._fit_resumed:
             self._fit_began = (self.epoch, self.step)
-        self._resumed = False
+        self._fit_resumed = 0
         last_epoch = math.inf if epochs is None else self._fit_began[0] + epochs
         last_step = math.inf if steps is None else self._fit_began[1] + steps
         total = max(0, min(last_step - self.step, (last_epoch - self.epoch) * len(loader) - self.batch))
@@ -276,7 +280,7 @@ class Trainer:
         self._metrics = MetricsFile(self.run_dir, logs) if self.comm.rank == 0 else MetricsFile(None)
         self._fits += 1
         settings = self._settings(dataset, epochs, steps)
-        if self._repeat is not None:
+        if self._repeat is not None and total:
             self._repeat.check(self, settings)
         noted = session(self.run_dir, self.comm, settings)
         plan = Plan(int(total), len(loader), self.epoch, self.batch)
@@ -301,6 +305,14 @@ class Trainer:
             saved_in = self.run_dir if self.checkpoint_every else None
             self._stop_request.leave(self.comm, self.step, self._checkpoints.newest, saved_in)
         return results
+
+    def _pass_over(self) -> list[EpochResult]:
+        """A call of `fit` that was complete when the checkpoint was written."""
+        self._fits += 1
+        if self._fits == 1 and self.comm.rank == 0:
+            calls = f"{self._fit_resumed - 1} call{'s' * (self._fit_resumed > 2)} of fit() before it return at once"
+            print(f"distprop: goes on with step {self.step + 1}; {calls}", file=sys.stderr, flush=True)
+        return []
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Mean loss, and accuracy where targets are class labels, over all of `dataset`; the same on every rank."""
@@ -419,6 +431,7 @@ class Trainer:
             "batch": self.batch,
             "epoch_sums": asdict(self._sums),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "fit": self._fits,
             "fit_began": list(self._fit_began),
             "examples": self._examples,
             "expected_examples": self.parallel.expected_examples,
@@ -435,6 +448,7 @@ class Trainer:
         self.parallel.expected_examples = state.get("expected_examples", 1.0)
         self._sums = EpochSums(**state["epoch_sums"])
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
+        self._fit_resumed = state.get("fit", 1)
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
         self._examples = state.get("examples")

@@ -210,7 +210,10 @@ def test_the_initial_state_serves_where_there_is_no_checkpoint(tmp_path: Path) -
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_of_several_calls_of_fit_is_made_again_from_the_beginning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "first"), [(2, 1), (7, 1), (8, 8), (9, 9)])  # three checkpoints are kept
+def test_a_step_of_a_later_call_of_fit_is_made_again_from_the_checkpoint_before_it(
+    step: int, first: int, tmp_path: Path
+) -> None:
     def program(comm: Communicator | None = None) -> None:
         model = nn.Linear(FEATURES, 3)
         optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -221,13 +224,15 @@ def test_a_run_of_several_calls_of_fit_is_made_again_from_the_beginning(tmp_path
         trainer.fit(Noisy(), steps=3)
         x, y = Noisy()[np.arange(12)]
         trainer.fit(dp.data.ArrayDataset(-x, y), steps=4)
+        trainer.fit(Noisy(), steps=2)
 
     run_threads(2, program)
-    wanted = plan(tmp_path, 7, 0, program=Again(program))
-    assert "call number 2 of fit" in wanted.remarks[0]
+    wanted = plan(tmp_path, step, 0, program=Again(program))
+    assert wanted.remarks == []
     made = replay(wanted)
-    assert "parameters (7 steps): those of fingerprints.jsonl, to the bit" in made.summary
-    assert made.arrays["indices"].max() < 12
+    assert f"parameters ({step - first + 1} step" in made.summary
+    assert "those of fingerprints.jsonl, to the bit" in made.summary
+    assert (made.arrays["indices"].max() < 12) == (3 < step <= 7)
 
 
 @pytest.mark.parametrize("steps", [6, 7], ids=["at the end of an epoch", "within one"])

@@ -125,6 +125,35 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(
             assert array.tobytes() == newest[1].tensors[part][name].tobytes()
 
 
+@pytest.mark.parametrize("at", [2, 7, 9, 14, 17, 20])
+def test_a_program_of_several_calls_of_fit_ends_in_the_bits_of_the_uninterrupted_one(at: int, tmp_path: Path) -> None:
+    """Calls that were complete make no step, whether the interruption came in the first one or later."""
+
+    def program(folder: Path, **options) -> dp.Trainer:
+        trainer = make_trainer(SoloCommunicator(), folder, checkpoint_every=2, **options)
+        for number in range(4):
+            trainer.fit(dataset(), **({"steps": 4} if number == 2 else {"epochs": 1}))
+        return trainer
+
+    whole = program(tmp_path / "whole")
+    with pytest.raises(Interruption):
+        program(tmp_path / "parts", callbacks=[interrupt_at(at)])
+    resumed = program(tmp_path / "parts", resume=True)
+    assert (resumed.step, resumed.epoch) == (whole.step, whole.epoch) == (21, 3)
+    assert parameters(resumed) == parameters(whole)
+    again = program(tmp_path / "parts", resume=True)
+    assert (again.step, parameters(again)) == (21, parameters(whole))
+
+
+def test_calls_of_fit_that_return_at_once_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(SoloCommunicator(), tmp_path)
+    for _ in range(3):
+        trainer.fit(dataset(), steps=2)
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert resumed.fit(dataset(), steps=2) == []
+    assert "distprop: goes on with step 7; 2 calls of fit() before it return at once\n" in capsys.readouterr().err
+
+
 def test_every_example_is_seen_once_an_epoch_across_an_interruption(tmp_path: Path) -> None:
     seen: list[int] = []
 
