@@ -167,6 +167,12 @@ class Tensor:
         """The same values, as a constant."""
         return Tensor(self._data)
 
+    def to(self, dtype: DTypeLike) -> Tensor:
+        """In another floating-point dtype; itself if it has that."""
+        if np.dtype(dtype).kind != "f":
+            raise TypeError(f"to() takes a floating-point dtype, got {np.dtype(dtype)}; of others there is no gradient")
+        return self if self.dtype == dtype else _elementwise(self._data.astype(dtype), (self, lambda g: g))
+
     def item(self) -> float:
         """The one number in it, as a Python number."""
         return self._data.item()
@@ -178,25 +184,25 @@ class Tensor:
     # --- arithmetic, with NumPy's broadcasting
 
     def __add__(self, other: Operand) -> Tensor:
-        x, y = self, self._operand(other)
+        x, y = self._both(other)
         return _elementwise(x.data + y.data, (x, lambda g: g), (y, lambda g: g))
 
     def __sub__(self, other: Operand) -> Tensor:
-        x, y = self, self._operand(other)
+        x, y = self._both(other)
         return _elementwise(x.data - y.data, (x, lambda g: g), (y, np.negative))
 
     def __mul__(self, other: Operand) -> Tensor:
-        x, y = self, self._operand(other)
+        x, y = self._both(other)
         return _elementwise(x.data * y.data, (x, lambda g: g * y.data), (y, lambda g: g * x.data))
 
     def __truediv__(self, other: Operand) -> Tensor:
-        x, y = self, self._operand(other)
+        x, y = self._both(other)
         value = x.data / y.data
         return _elementwise(value, (x, lambda g: g / y.data), (y, lambda g: -g * value / y.data))
 
     def __pow__(self, other: Operand) -> Tensor:
         """x^y. The derivative with respect to y needs x > 0 and counts as 0 elsewhere."""
-        x, y = self, self._operand(other)
+        x, y = self._both(other)
         value = x.data**y.data
 
         def for_base(g: Array) -> Array:
@@ -241,10 +247,10 @@ class Tensor:
         return _elementwise(np.abs(self.data), (self, lambda g: g * np.sign(self.data)))
 
     def __matmul__(self, other: Operand) -> Tensor:
-        return _matmul(self, self._operand(other))
+        return _matmul(*self._both(other))
 
     def __rmatmul__(self, other: Operand) -> Tensor:
-        return _matmul(self._operand(other), self)
+        return _matmul(*self._operand(other)._both(self))
 
     def exp(self) -> Tensor:
         """e^x."""
@@ -449,19 +455,35 @@ class Tensor:
         return f"tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
 
     def _operand(self, other: Operand) -> Tensor:
-        """`other` as a tensor; a Python number takes this tensor's dtype instead of widening the result."""
+        """`other` as a tensor; a number takes this tensor's dtype instead of widening the result."""
         if isinstance(other, Tensor):
             return other
-        if isinstance(other, int | float) and self._data.dtype.kind == "f":
+        if isinstance(other, int | float | np.generic) and self._data.dtype.kind == "f":
             return Tensor(np.asarray(other, self._data.dtype))
         return Tensor(np.asarray(other))
 
+    def _both(self, other: Operand) -> tuple[Tensor, Tensor]:
+        """This tensor and `other`; one of whole numbers takes the other's floating-point dtype, as in PyTorch."""
+        x, y = self, self._operand(other)
+        kinds = x._data.dtype.kind, y._data.dtype.kind
+        if kinds[0] != kinds[1]:
+            if kinds[0] == "f" and kinds[1] in "biu":
+                return x, Tensor(y._data.astype(x._data.dtype))
+            if kinds[1] == "f" and kinds[0] in "biu":
+                return Tensor(x._data.astype(y._data.dtype)), y
+        return x, y
+
     def _in_place(self, operation: np.ufunc, other: Operand) -> bool:
-        """Under `no_grad` a leaf changes in place, so that `w -= lr * w.grad` updates the parameter that it is."""
-        if self.node is None and self.requires_grad and not gradients_needed((self,)):
-            operation(self._data, self._operand(other)._data, out=self._data)
-            return True
-        return False
+        """Under `no_grad` parameters change in place, so that `w -= lr * w.grad` updates one; constants never do."""
+        if self.node is not None or not (self.requires_grad or isinstance(self, Parameter)):
+            return False
+        if gradients_needed((self,)):
+            raise RuntimeError(
+                "a leaf that requires a gradient does not change in place, except inside no_grad(); "
+                "for a new tensor write w = w + ... instead of w += ..."
+            )
+        operation(self._data, self._operand(other)._data, out=self._data)
+        return True
 
     def _compare(self, compare: Callable[[Any, Any], Any], other: object) -> NDArray[np.bool_]:
         return np.asarray(compare(self._data, other._data if isinstance(other, Tensor) else other))
@@ -598,7 +620,11 @@ def _elementwise(value: Array, *terms: tuple[Tensor, Derivative]) -> Tensor:
     """Record an operation given, for each input, the derivative as a function of the incoming gradient."""
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
-        return [sum_to(derivative(grad), x.shape) if x.requires_grad else None for x, derivative in terms]
+        # In x's dtype, which the result may not have: float32 beside float64 gives that
+        return [
+            np.asarray(sum_to(derivative(grad), x.shape), x.dtype) if x.requires_grad else None
+            for x, derivative in terms
+        ]
 
     return record(value, tuple(x for x, _ in terms), vjp)
 
@@ -632,11 +658,11 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
             g = np.expand_dims(g, -1)
         dx = dy = None
         if x.requires_grad:
-            dx = sum_to(g @ np.swapaxes(b, -1, -2), a.shape).reshape(x.shape)
+            dx = np.asarray(sum_to(g @ np.swapaxes(b, -1, -2), a.shape), x.dtype).reshape(x.shape)
         if y.requires_grad:
             if b.ndim == 2 and a.ndim > 2:  # one large product instead of a stack of products and their sum
                 a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-            dy = sum_to(np.swapaxes(a, -1, -2) @ g, b.shape).reshape(y.shape)
+            dy = np.asarray(sum_to(np.swapaxes(a, -1, -2) @ g, b.shape), y.dtype).reshape(y.shape)
         return [dx, dy]
 
     return record(x.data @ y.data, (x, y), vjp)

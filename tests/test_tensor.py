@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import pickle
 import weakref
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 
 import distprop as dp
 from distprop import functional as F
+from distprop import nn
 from distprop.buffer import FlatBuffer
 from distprop.tensor import Parameter, Tensor, as_tensor, record, tensor
 from distprop.testing import check_grads
@@ -900,9 +902,80 @@ def test_a_parameter_is_updated_in_place_under_no_grad():
         w *= 2.0
     assert w is before
     assert np.array_equal(w.data, [3.0, 4.0])
-    w += 1.0  # recorded: a new tensor, as for any other operation
-    assert w is not before
-    assert np.array_equal(before.data, [3.0, 4.0])
+    for change in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+        with pytest.raises(
+            RuntimeError, match=r"does not change in place, except inside no_grad\(\); .*w = w \+ \.\.\."
+        ):
+            change(w, 1.0)
+    assert np.array_equal(w.data, [3.0, 4.0])
+
+
+def test_frozen_parameters_change_in_place_under_no_grad_and_constants_never(torch):
+    """As a mean teacher's do; a constant may be the array that somebody gave to a model."""
+    teacher, theirs = Parameter(np.array([1.0]), requires_grad=False), torch.ones(1)
+    array = np.ones(1)
+    constant = Tensor(array)
+    with dp.no_grad():
+        for q in (teacher,):
+            q *= 0.9
+            q += 0.1 * Tensor(np.array([3.0]))
+        theirs *= 0.9
+        theirs += 0.3
+        constant += 1.0
+    assert teacher.data == pytest.approx(theirs.numpy())
+    assert (array[0], constant.data[0]) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y: ((y - np.zeros((3, 1))) ** 2).mean(),
+        lambda y: (y**2 * np.array([[1], [0], [1]])).sum(),
+        lambda y: (y**2).sum() / np.int64(5),
+        lambda y: (y * np.array([[True], [False], [True]])).sum(),
+        lambda y: (np.ones((2, 3)) @ y).sum(),
+        lambda y: (y.transpose(0, 1) @ np.ones((3, 2))).sum(),
+        lambda y: y.to(np.float64).exp().sum(),
+    ],
+)
+def test_a_gradient_that_comes_back_from_a_wider_result_has_the_tensors_dtype(loss, rng):
+    """Every operation in front may rely on it."""
+    layer, x = nn.Linear(2, 1), Tensor(rng.normal(size=(3, 2)).astype(np.float32), requires_grad=True)
+    layer.double()
+    loss(layer(x.to(np.float64))).backward()
+    expected = layer.weight.grad.copy(), x.grad.copy()
+    layer.float()
+    x.grad = None
+    loss(layer(x)).backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == np.float32
+    np.testing.assert_allclose(layer.weight.grad, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "other", [np.int64(3), np.float64(3), np.array([3, 2]), np.array([True, True]), np.float32(3)]
+)
+@pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.mul, operator.truediv, operator.pow])
+def test_numbers_and_whole_numbers_do_not_widen_a_tensor_as_in_pytorch(operation, other, torch):
+    x = np.array([2.0, 4.0], np.float32)
+    if operation is operator.sub and other.dtype == bool:
+        return  # PyTorch refuses that
+    expected = operation(torch.tensor(x), torch.tensor(other) if isinstance(other, np.ndarray) else other)
+    for given in (other, Tensor(np.asarray(other))) if isinstance(other, np.ndarray) else (other,):
+        found = operation(Tensor(x), given)
+        assert found.dtype == operation(given, Tensor(x)).dtype == np.float32
+        np.testing.assert_allclose(found.data, expected.numpy(), rtol=1e-6)
+
+
+def test_to_changes_the_dtype_and_brings_the_gradient_back(rng):
+    x = Tensor(rng.normal(size=3).astype(np.float32), requires_grad=True)
+    assert x.to(np.float32) is x
+    y = x.to("float64")
+    (y * y).sum().backward()
+    assert (y.dtype, x.grad.dtype) == (np.float64, np.float32)
+    np.testing.assert_allclose(x.grad, 2 * x.data, rtol=1e-6)
+    with pytest.raises(TypeError, match=r"to\(\) takes a floating-point dtype, got int64"):
+        x.to(int)
 
 
 def test_format_of_a_number_and_of_an_array():
