@@ -718,3 +718,26 @@ def test_parameters_and_buffers_are_listed_as_pytorch_lists_them(torch):
     assert set(ours.state_dict()) == set(theirs.state_dict())
     assert "mask" not in ours.state_dict()
     assert ours.double().mask.dtype == np.float64
+
+
+@pytest.mark.parametrize("value", [np.eye(2, dtype=np.float32), Tensor(np.eye(2, dtype=np.float32)), 1.0])
+def test_what_is_no_parameter_does_not_take_the_place_of_one(value, torch):
+    """It would leave the parameters and the state without a word; PyTorch refuses it as well."""
+    layer, theirs = nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="cannot assign"):
+        theirs.weight = value if isinstance(value, float) else torch.eye(2)
+    with pytest.raises(TypeError, match=r"Linear\.weight is a Parameter; .*Assign a Parameter or None, or to \.data"):
+        layer.weight = value
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    layer.weight, layer.bias = Parameter(np.eye(2)), None
+    layer.weight.data = np.ones((2, 2))
+    layer.bias = Parameter(np.ones(2))
+    assert len(layer.state_dict()) == 2
+
+
+def test_what_is_no_module_does_not_take_the_place_of_one():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"Sequential\.0 is a Module; assigning a function would take it out"):
+        setattr(model, "0", functional.relu)
+    setattr(model, "0", nn.ReLU())
+    assert list(model.parameters()) == []

@@ -952,9 +952,7 @@ def test_a_gradient_that_comes_back_from_a_wider_result_has_the_tensors_dtype(lo
     np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "other", [np.int64(3), np.float64(3), np.array([3, 2]), np.array([True, True]), np.float32(3)]
-)
+@pytest.mark.parametrize("other", [np.int64(3), np.float64(3), np.array([3, 2]), np.array([True, True]), np.float32(3)])
 @pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.mul, operator.truediv, operator.pow])
 def test_numbers_and_whole_numbers_do_not_widen_a_tensor_as_in_pytorch(operation, other, torch):
     x = np.array([2.0, 4.0], np.float32)

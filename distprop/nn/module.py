@@ -42,6 +42,16 @@ class Module:
         """Compute the output; every subclass defines it."""
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get(name)
+        kind = Parameter if isinstance(before, Parameter) else Module if isinstance(before, Module) else None
+        if kind is not None and not (value is None or isinstance(value, kind)):
+            raise TypeError(
+                f"{type(self).__name__}.{name} is a {kind.__name__}; assigning a {type(value).__name__} would take it "
+                f"out of the model. Assign a {kind.__name__} or None{', or to .data' * (kind is Parameter)}"
+            )
+        object.__setattr__(self, name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of `forward`."""
         return self.forward(*args, **kwargs)
