@@ -35,7 +35,7 @@ class Capture:
         self._modules: dict[str, str] = {}  # whose output a gradient is of
         self._awaited: dict[int, tuple[Node, list[str]]] = {}  # nodes of outputs, and the names of their gradients
         self._last_output: Any = None
-        self._losses: list[tuple[float, int]] = []  # with their examples
+        self._losses: list[tuple[float, float]] = []  # with their examples
         self._total: dict[str, Array] = {}  # gradients of the shards before this one
         self._present: dict[str, Array] = {}  # and of this one
 
@@ -49,13 +49,15 @@ class Capture:
             yield
         self._awaited.clear()
 
-    def loss(self, function: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-        """The same loss function; what it returns is kept."""
+    def loss(
+        self, function: Callable[[Any, Any], Tensor], examples: Callable[[Any], float] = len
+    ) -> Callable[[Any, Any], Tensor]:
+        """The same loss function; what it returns is kept, a mean over `examples(target)`."""
 
         def call(output: Any, target: Any) -> Tensor:
             loss = function(output, target)
             if loss.data.size == 1:
-                self._losses.append((loss.item(), len(target)))
+                self._losses.append((loss.item(), float(examples(target))))
             return loss
 
         return call
@@ -136,11 +138,11 @@ class Capture:
         return gradient * gradient.dtype.type(self._scale) if self._scale != 1 else gradient.copy()
 
 
-def _mean(losses: Sequence[tuple[float, int]]) -> float:
+def _mean(losses: Sequence[tuple[float, float]]) -> float:
     """The mean over the examples; 0 if there are none."""
     if len(losses) == 1:
         return losses[0][0]
-    return sum(loss * n for loss, n in losses if n) / max(1, sum(n for _, n in losses))
+    return sum(loss * n for loss, n in losses if n) / (sum(n for _, n in losses) or 1)
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:

@@ -21,9 +21,16 @@ EVALUATION_ROWS = 512  # rows a rank evaluates at once
 
 
 def evaluate(
-    model: Module, loss: Callable[[Any, Any], Tensor], dataset: Dataset, comm: Communicator, same_blocks: bool = False
+    model: Module,
+    loss: Callable[[Any, Any], Tensor],
+    dataset: Dataset,
+    comm: Communicator,
+    same_blocks: bool = False,
+    examples: Callable[[Any], float] = len,
 ) -> dict[str, float]:
     """{"loss": mean, "accuracy": share of right answers where targets are class labels} over all of `dataset`.
+
+    A negative label is none, and no answer to it counts.
 
     Collective; the same on every rank. Dropout and batch statistics are switched off meanwhile.
 
@@ -33,6 +40,7 @@ def evaluate(
         dataset: not empty.
         comm: the ranks.
         same_blocks: evaluate in blocks that do not depend on the number of ranks, for the same bits on any number.
+        examples: of how many examples the loss is the mean, by the target.
 
     Raises:
         TypeError: it is no dataset.
@@ -50,15 +58,15 @@ def evaluate(
             for block in _blocks(len(dataset), comm, same_blocks):
                 *inputs, target = dataset[np.arange(block.start, block.stop)]
                 output, tally = model(*inputs), Tally()
-                tally.add(loss(output, target).item(), output, target, len(target))
-                sums.append((tally.examples, tally.loss, tally.correct, tally.classifies))
+                tally.add(loss(output, target).item(), output, target, float(examples(target)))
+                sums.append((tally.examples, tally.loss, tally.correct, tally.labels))
     finally:
         for module, training in was_training:
             module.training = training
     of_all = np.frombuffer(b"".join(comm.allgather(np.array(sums, np.float64).tobytes())))
     columns = of_all.reshape(-1, 4).T.tolist()
-    examples, total, correct, classifies = (math.fsum(column) for column in columns)  # exact, so in any order
-    return {"loss": total / examples} | ({"accuracy": correct / examples} if classifies else {})
+    count, total, correct, labels = (math.fsum(column) for column in columns)  # exact, so in any order
+    return {"loss": total / count if count else math.nan} | ({"accuracy": correct / labels} if labels else {})
 
 
 def _blocks(rows: int, comm: Communicator, same: bool) -> Iterator[slice]:

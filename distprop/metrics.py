@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import numpy as np
+
 from distprop.tape import Array
 from distprop.tensor import Tensor
 
@@ -31,7 +33,7 @@ class StepResult:
     epoch: int  # 0 during the first pass over the data
     loss: float
     metrics: dict[str, float]
-    examples: int
+    examples: int  # to the next whole number, if the Trainer's `examples` gives others
     lr: float
     seconds: float
 
@@ -50,41 +52,43 @@ class EpochResult:
 class EpochSums:
     """What an epoch's steps add up to; part of a checkpoint, so that a resumed epoch has the same means."""
 
-    examples: int = 0
+    examples: float = 0
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def add(self, result: StepResult) -> None:
-        """Count one step."""
-        self.examples += result.examples
-        self.loss += result.loss * result.examples
+    def add(self, result: StepResult, examples: float) -> None:
+        """Count one step over so many examples."""
+        if not examples:
+            return
+        self.examples += examples
+        self.loss += result.loss * examples
         for name, value in result.metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + value * result.examples
+            self.metrics[name] = self.metrics.get(name, 0.0) + value * examples
 
     def result(self, epoch: int) -> EpochResult:
-        """The means over the examples."""
+        """The means over the examples; NaN over none."""
         means = {name: value / self.examples for name, value in self.metrics.items()}
-        return EpochResult(epoch, self.loss / self.examples, means)
+        return EpochResult(epoch, self.loss / self.examples if self.examples else math.nan, means)
 
 
 @dataclass
 class Tally:
-    """Sums over examples, to be divided once."""
+    """Sums over examples, to be divided once; `correct` of `labels` are right, where targets are class labels."""
 
     examples: float = 0.0
     loss: float = 0.0
-    correct: float = 0.0
-    classifies: bool = False
+    correct: int = 0
+    labels: int = 0
 
-    def add(self, loss: float, output: Any, target: Array, examples: int) -> None:
-        """Count the mean `loss` of a batch, and its right answers where targets are class labels."""
+    def add(self, loss: float, output: Any, target: Array, examples: float) -> None:
+        """Count the mean `loss` over `examples`, and right answers; a negative label is none."""
         if not examples:
             return
         self.examples += examples
         self.loss += loss * examples
         if classifies(output, target):
-            self.classifies = True
-            self.correct += float((output.data.argmax(axis=1) == target).mean()) * examples
+            self.labels += int(np.count_nonzero(target >= 0))
+            self.correct += int(np.count_nonzero(output.data.argmax(axis=1) == target))
 
 
 def classifies(output: Any, target: Array) -> bool:

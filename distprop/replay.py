@@ -23,6 +23,7 @@ from distprop import checkpoint, fingerprint
 from distprop.capture import Capture
 from distprop.checkpoint import Checkpoint, CheckpointError
 from distprop.comm import ThreadCommunicator, play, run_threads
+from distprop.data.dataset import at_epoch
 from distprop.data.loader import Loader, order
 from distprop.evidence import Evidence
 from distprop.fingerprint import Record, RecordError
@@ -312,8 +313,10 @@ class _Rank:
         first = trainer.batch * loader.batch_size
         whole = order(loader.seed, trainer.epoch, len(loader.dataset), loader.shuffle)[first : first + self.rows]
         self.indices = whole[loader.share_of(self.rows)]
-        self.capture = Capture(trainer.model, trainer.parallel.expected_examples * trainer.accumulate / self.rows)
-        loss, trainer.loss = trainer.loss, self.capture.loss(trainer.loss)
+        *_, targets = at_epoch(loader.dataset, trainer.epoch)[whole]
+        share = trainer.accumulate / (trainer.examples(targets) or 1)
+        self.capture = Capture(trainer.model, trainer.parallel.expected_examples * share)
+        loss, trainer.loss = trainer.loss, self.capture.loss(trainer.loss, trainer.examples)
         try:
             with self.capture.watching():
                 return make()

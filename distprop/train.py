@@ -94,6 +94,9 @@ class Trainer:
         health: look at the gradients, the weights and the units of every layer each time so many steps have been made,
             of 50 if True, and more often at first; False or 0 for never. The numbers go into `metrics.jsonl`; what is
             wrong is said once, and kept in `verdicts`. See docs/insight.md.
+        examples: a function of a batch's target that says over how many examples the loss is a mean, if these are not
+            its rows: `lambda y: (y != -100).sum()` for `cross_entropy`, which leaves labels of -100 out, or the sum of
+            the labels' class weights. Without it the mean over the global batch would depend on how it is cut.
         callbacks: called with the `StepResult` of every step, on every rank. One that returns True, on any rank, stops
             training on all. One with a method `log` gets every line of `metrics.jsonl`, on rank 0: docs/insight.md.
         progress: a live view on rank 0's terminal, plain lines elsewhere.
@@ -132,6 +135,7 @@ class Trainer:
         fingerprint: bool | None = None,
         profile: bool | int = False,
         health: bool | int = True,
+        examples: Callable[[Any], float] | None = None,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -176,6 +180,7 @@ class Trainer:
             model, self.comm, shards=self.shards, wire=wire, sharded_update=sharded_update, passengers=self._health
         )
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
+        self.examples: Callable[[Any], float] = len if examples is None else examples
         self._prefetch = prefetch
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
@@ -206,7 +211,7 @@ class Trainer:
                 self._checkpoints.restore(found)
         self._update = Update(
             self.parallel, loss, optimizer, accumulate=accumulate, clip_norm=clip_norm, shards=self.shards,
-            health=self._health, timeline=self._timeline, wishes=self._wishes,
+            health=self._health, timeline=self._timeline, wishes=self._wishes, examples=self.examples,
         )  # fmt: skip
         self._fits = 0  # calls of fit so far
         self._fit_resumed = 0  # the number of the call that the checkpoint is of, until it is made
@@ -316,7 +321,7 @@ class Trainer:
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Mean loss, and accuracy where targets are class labels, over all of `dataset`; the same on every rank."""
-        return evaluate(self.model, self.loss, dataset, self.comm, self.shards is not None)
+        return evaluate(self.model, self.loss, dataset, self.comm, self.shards is not None, self.examples)
 
     # --- an epoch and its steps
 
@@ -334,7 +339,7 @@ class Trainer:
             here.at(recorder.CALLBACKS)
             self._fingerprints.record(self.step)
             self.batch += 1
-            self._sums.add(result)
+            self._sums.add(result, self.parallel.received["examples"])
             self._metrics.write_step(result)
             progress.step(result)
             if look := self._health.take(result):
@@ -406,11 +411,12 @@ class Trainer:
             raise
         self.step += 1
         examples = received["examples"]
-        metrics = {"accuracy": received["correct"] / examples} if received["classifies"] else {}
+        loss = received["loss"] / examples if examples else math.nan
+        metrics = {"accuracy": received["correct"] / received["labels"]} if received["labels"] else {}
         seconds = (time.perf_counter_ns() - began) / 1e9
         if self._profile is not None:
             self._profile.end_step(self.step, began)
-        return StepResult(self.step, self.epoch, received["loss"] / examples, metrics, int(examples), lr, seconds)
+        return StepResult(self.step, self.epoch, loss, metrics, round(examples), lr, seconds)
 
     def _wishes(self) -> tuple[float, float]:
         """What this rank wants of all: to stop, and to save."""

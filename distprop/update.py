@@ -7,6 +7,7 @@ one of them wants to stop, travels with the gradients; so all learn it at the sa
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -27,7 +28,7 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Sequence[Array]
 
 # what travels with the gradients, summed over the ranks
-_SENT = ("loss", "correct", "classifies", "bad", "bad_rank", "stop", "save")
+_SENT = ("loss", "correct", "labels", "bad", "bad_rank", "stop", "save")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -51,6 +52,7 @@ class Update:
         health: looks at some steps.
         timeline: is told when each part of a step begins and ends.
         wishes: (stop, save), what this rank wants of all of them; asked once a step.
+        examples: of how many examples the loss is the mean, by the target.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Update:
         health: Health,
         timeline: Timeline,
         wishes: Callable[[], tuple[float, float]],
+        examples: Callable[[Any], float] = len,
     ) -> None:
+        self.examples, self._warned = examples, False
         self.parallel, self.loss, self.optimizer = parallel, loss, optimizer
         self.accumulate, self.clip_norm, self.shards = accumulate, clip_norm, shards
         self._health, self._timeline, self._wishes = health, timeline, wishes
@@ -127,18 +131,29 @@ class Update:
                 loss = self.loss(output, target)
             if loss.data.size != 1:
                 raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
-            tally.add(loss.item(), output, target, len(target))
+            examples = float(self.examples(target))
+            self._warn_of_labels_left_out(target)
+            tally.add(loss.item(), output, target, examples)
             self._health.predictions(output, target)
             weighed = loss if self.accumulate == 1 else loss / self.accumulate
             if number < self.accumulate - 1:
                 with self._timeline("backward"), self.parallel.no_sync():
-                    self.parallel.backward(weighed, examples=len(target))
+                    self.parallel.backward(weighed, examples=examples)
         bad = not math.isfinite(tally.loss)
         rank = self.parallel.comm.rank if bad else 0
-        values = tally.loss, tally.correct, tally.classifies, bad, rank, *(self._wishes() if wishes is None else wishes)
+        values = tally.loss, tally.correct, tally.labels, bad, rank, *(self._wishes() if wishes is None else wishes)
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))
         with self._timeline("backward"):
-            self.parallel.backward(weighed, examples=len(target))
+            self.parallel.backward(weighed, examples=examples)
+
+    def _warn_of_labels_left_out(self, target: Array) -> None:
+        if self.examples is len and target.dtype.kind == "i" and target.size and target.min() < 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "there are labels below 0; if the loss leaves them out, its mean is not over the rows, and the "
+                "gradient depends on how a batch is cut: Trainer(..., examples=lambda y: (y != -100).sum()) (said once)",
+                stacklevel=2,
+            )
 
     def _refuse_non_finite_loss(self, number: int, epoch: int) -> None:
         received = self.parallel.received

@@ -274,3 +274,12 @@ def test_gradients_that_no_optimizer_updates_do_not_add_up_under_clipping(rng):
         optim.clip_grad_norm_(expected.parameters(), 1.0)
         optimizer.step()
     np.testing.assert_allclose(model[2].weight.data, expected[2].weight.data, rtol=1e-12)
+
+
+def test_labels_that_are_left_out_without_a_count_of_the_others_are_warned_of_once():
+    model, labels = nn.Linear(2, 3), np.array([0, -100, 1, 2])
+    examples = ArrayDataset(np.zeros((4, 2), np.float32), labels)
+    trainer = dp.Trainer(model, F.cross_entropy, optim.SGD(model.parameters(), lr=0.1), batch_size=2, progress=False)
+    with pytest.warns(UserWarning, match=r"labels below 0; .*examples=lambda y: \(y != -100\)\.sum\(\)") as caught:
+        trainer.fit(examples, epochs=3)
+    assert len(caught) == 1

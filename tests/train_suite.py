@@ -72,6 +72,61 @@ def folder_of_rank_0(comm: Communicator) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
+# --- a loss that is a mean over something else than rows
+
+WEIGHTS = np.array([0.5, 2.0, 0.25])
+
+
+def some_ignored(length: int) -> ArrayDataset:
+    """The labels of the first half are -100, those of whole batches among them."""
+    data = classes(length)
+    return ArrayDataset(data.x, np.where(np.arange(length) < length // 2, -100, data.y))
+
+
+def trained_by_hand(data: ArrayDataset, loss, steps: int, rows: int = 8) -> nn.Module:
+    """In one process, each global batch at once."""
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.3)
+    indices = np.concatenate([order(0, epoch, len(data), True) for epoch in range(steps)])
+    for step in range(steps):
+        x, y = data[indices[step * rows : (step + 1) * rows]]
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@suite.scenario()
+def the_mean_may_be_over_other_things_than_rows(comm: Communicator) -> None:
+    cases = (
+        (some_ignored(32), F.cross_entropy, lambda y: (y != -100).sum()),
+        (classes(32), lambda o, y: F.cross_entropy(o, y, weight=WEIGHTS), lambda y: WEIGHTS[y].sum()),
+    )
+    for data, loss, examples in cases:
+        expected = trained_by_hand(data, loss, steps=4)
+        for options in ({}, {"accumulate": 2}, {"deterministic": True, "shards": 4}):
+            trainer = make_trainer(comm, batch_size=8, loss=loss, examples=examples, **options)
+            (result,) = trainer.fit(data, epochs=1)
+            for name, value in expected.state_dict().items():
+                np.testing.assert_allclose(trainer.model.state_dict()[name], value, rtol=1e-12, err_msg=name)
+            output, y = trainer.model(data.x).data, data.y
+            found = trainer.evaluate(data)
+            assert found["loss"] == pytest.approx(loss(Tensor(output), y).item(), rel=1e-12)
+            assert found["accuracy"] == (output.argmax(1) == y)[y >= 0].mean()
+            assert_equal_on_all_ranks(comm, [result.loss, result.metrics, found])
+
+
+@suite.scenario()
+def a_batch_without_a_label_changes_nothing(comm: Communicator) -> None:
+    data = ArrayDataset(classes(8).x, np.full(8, -100))
+    trainer = make_trainer(comm, batch_size=4, examples=lambda y: (y != -100).sum())
+    before = bits(trainer.model)
+    (result,) = trainer.fit(data, epochs=1)
+    assert np.isnan(result.loss)
+    assert np.isnan(trainer.evaluate(data)["loss"])
+    assert bits(trainer.model) == before
+
+
 # --- evaluate
 
 
