@@ -150,8 +150,8 @@ class Update:
         if self.examples is len and target.dtype.kind == "i" and target.size and target.min() < 0 and not self._warned:
             self._warned = True
             warnings.warn(
-                "there are labels below 0; if the loss leaves them out, its mean is not over the rows, and the "
-                "gradient depends on how a batch is cut: Trainer(..., examples=lambda y: (y != -100).sum()) (said once)",
+                "there are labels below 0; if the loss leaves them out, its mean is not over rows, and the gradient "
+                "depends on how a batch is cut: give Trainer(examples=lambda y: (y != -100).sum()) (said once)",
                 stacklevel=2,
             )
 
