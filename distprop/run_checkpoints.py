@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from distprop import checkpoint
 from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator
@@ -113,10 +115,15 @@ class RunCheckpoints:
     def write(self, step: int, state: Mapping[str, Any], best: bool, final: bool) -> None:
         """Write the one of `step`, with `state` beside the arrays, while training goes on. Only rank 0 does anything.
 
-        The `best` one is kept until there is a better one; the `final` one is waited for.
+        The `best` one is kept until there is a better one; the `final` one is waited for. Parameters that an update
+        has made infinite are no state to go on from: the checkpoint before stays the newest.
         """
         if self._writer is None:
             return
+        for name, parameter in self._model.named_parameters():
+            if not np.isfinite(parameter.data).all():
+                _warn(f"{name} is not finite after step {step}: no checkpoint is written of it")
+                return self.wait()
         if best:
             self._writer.best_step = step
         optimizer = self._optimizer.state_dict()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,24 @@ def test_calls_of_fit_that_return_at_once_are_told_of(tmp_path: Path, capsys: py
     resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert resumed.fit(dataset(), steps=2) == []
     assert "distprop: goes on with step 7; 2 calls of fit() before it return at once\n" in capsys.readouterr().err
+
+
+def test_parameters_that_an_update_made_infinite_are_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their gradients were finite; a run that is resumed, with the rate mended, begins before that update."""
+
+    def run(steps: int, rate: float, **options) -> dp.Trainer:
+        trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=1, **options)
+        trainer.optimizer.param_groups[0]["lr"] = lambda step: rate if step == 6 else 0.1
+        with np.errstate(all="ignore"):
+            trainer.fit(dataset(), steps=steps)
+        return trainer
+
+    run(7, rate=1e39)
+    assert re.search(r"distprop: 0\.\w+ is not finite after step 7: no checkpoint is written", capsys.readouterr().err)
+    assert run(7, rate=0.1, resume=True).step == 7
+    assert np.isfinite(checkpoint.newest(tmp_path / "checkpoints", pytest.fail).tensors["model"]["0.weight"]).all()
 
 
 def test_every_example_is_seen_once_an_epoch_across_an_interruption(tmp_path: Path) -> None:
