@@ -167,15 +167,23 @@ class MetricsFile:
 
 
 def forget_after(run_dir: Path, step: int, name: str = METRICS) -> None:
-    """Drop what was written after `step`, by a run that is resumed from there, and a line that was cut off."""
+    """Drop what was written after `step`, by a run that is resumed from there, and a line that was cut off.
+
+    On a full disk it says so, and everything stays.
+    """
     path = run_dir / name
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # a damaged byte is no line's end
     kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= step)
     replacement = path.with_suffix(".partial")
-    replacement.write_text(kept, encoding="utf-8", errors="surrogateescape")
-    os.replace(replacement, path)
+    try:
+        replacement.write_text(kept, encoding="utf-8", errors="surrogateescape")
+        os.replace(replacement, path)
+    except OSError as error:
+        with suppress(OSError):
+            replacement.unlink()
+        print(f"distprop: lines after step {step} stay in {path}: {error}", file=sys.stderr, flush=True)
 
 
 def set_aside(run_dir: Path, name: str) -> Path | None:

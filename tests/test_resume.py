@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -153,6 +154,21 @@ def test_calls_of_fit_that_return_at_once_are_told_of(tmp_path: Path, capsys: py
     resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert resumed.fit(dataset(), steps=2) == []
     assert "distprop: goes on with step 7; 2 calls of fit() before it return at once\n" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(SoloCommunicator(), tmp_path, fingerprint=False).fit(dataset(), steps=7)
+    (tmp_path / "checkpoints/step-000000007").rename(tmp_path / "elsewhere")
+    before, (soft, hard) = lines(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))  # no file grows beyond 50 bytes
+    try:
+        trainer = make_trainer(SoloCommunicator(), tmp_path, fingerprint=False, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert trainer.step == 5
+    assert re.search(r"distprop: lines after step 5 stay in \S+metrics\.jsonl: .*too large", capsys.readouterr().err)
+    assert lines(tmp_path) == before
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_parameters_that_an_update_made_infinite_are_no_checkpoint(
