@@ -65,8 +65,13 @@ def evaluate(
             module.training = training
     of_all = np.frombuffer(b"".join(comm.allgather(np.array(sums, np.float64).tobytes())))
     columns = of_all.reshape(-1, 4).T.tolist()
-    count, total, correct, labels = (math.fsum(column) for column in columns)  # exact, so in any order
+    count, total, correct, labels = map(_sum, columns)
     return {"loss": total / count if count else math.nan} | ({"accuracy": correct / labels} if labels else {})
+
+
+def _sum(numbers: list[float]) -> float:
+    """Exact, so in any order; of numbers that are not finite what NumPy says."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else float(np.sum(numbers))
 
 
 def _blocks(rows: int, comm: Communicator, same: bool) -> Iterator[slice]:

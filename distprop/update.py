@@ -129,6 +129,8 @@ class Update:
             with self._timeline("forward"):
                 output = self.parallel(*inputs)
                 loss = self.loss(output, target)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the loss must be a tensor, made of the model's output; got a {type(loss).__name__}")
             if loss.data.size != 1:
                 raise ValueError(f"the loss must be one number, the mean over the examples; got shape {loss.shape}")
             examples = float(self.examples(target))

@@ -12,6 +12,13 @@ suite = Suite()
 
 
 @suite.scenario()
+def what_is_no_number_is_not_summed(comm: Communicator) -> None:
+    for array in (np.array([True]), np.array(["a"])):
+        with pytest.raises(TypeError, match=r"allreduce sums numbers, got (bool|<U1)"):
+            comm.allreduce(array)
+
+
+@suite.scenario()
 def rank_and_size_number_the_ranks(comm: Communicator) -> None:
     assert [int(message) for message in comm.allgather(str(comm.rank).encode())] == list(range(comm.size))
 

@@ -283,3 +283,11 @@ def test_labels_that_are_left_out_without_a_count_of_the_others_are_warned_of_on
     with pytest.warns(UserWarning, match=r"labels below 0; .*examples=lambda y: \(y != -100\)\.sum\(\)") as caught:
         trainer.fit(examples, epochs=3)
     assert len(caught) == 1
+
+
+def test_a_loss_that_is_no_tensor_is_refused():
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    trainer = dp.Trainer(model, lambda output, y: 1.0, optimizer, batch_size=2, progress=False)
+    with pytest.raises(TypeError, match="the loss must be a tensor, made of the model's output; got a float"):
+        trainer.fit(EXAMPLES, steps=1)

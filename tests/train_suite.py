@@ -131,6 +131,18 @@ def a_batch_without_a_label_changes_nothing(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def evaluation_of_what_is_not_finite_is_not_finite(comm: Communicator) -> None:
+    """Also if one block gives ∞ and another −∞."""
+    data = ArrayDataset(
+        np.where(np.arange(2 * EVALUATION_ROWS) < EVALUATION_ROWS, np.inf, -np.inf)[:, None], np.zeros((1024, 1))
+    )
+    trainer = make_trainer(comm, model=nn.Sequential(nn.Linear(1, 1, bias=False)).double(), loss=lambda o, y: o.mean())
+    with np.errstate(all="ignore"):
+        found = trainer.evaluate(data)
+    assert not np.isfinite(found["loss"])
+
+
+@suite.scenario()
 def evaluation_is_exact_for_any_split(comm: Communicator) -> None:
     """Sets smaller than the world, not divisible by it, and of several pieces a rank."""
     model = make_model()

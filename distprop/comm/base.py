@@ -81,6 +81,13 @@ def check_root(root: int, size: int) -> None:
         raise ValueError(f"root {root} is not a rank of a world of {size}")
 
 
+def check_summable(array: np.ndarray[Any, Any]) -> None:
+    """Refuse what cannot be summed over the ranks in place."""
+    check_contiguous(array)
+    if array.dtype.kind not in "iufc":
+        raise TypeError(f"allreduce sums numbers, got {array.dtype}; count True as 1 with .astype(np.int64)")
+
+
 def check_contiguous(array: np.ndarray[Any, Any]) -> None:
     """Collectives work in place on memory, so they refuse what is not one block of it."""
     if not isinstance(array, np.ndarray) or not array.flags.c_contiguous or not array.flags.writeable:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from distprop.comm.base import Array, check_contiguous
+from distprop.comm.base import Array, check_contiguous, check_summable
 from distprop.comm.node import Node
 from distprop.comm.recorder import END, Snapshot, here, recorded, report
 from distprop.comm.watchdog import Verdict, Watchdog, WatchdogThread
@@ -112,7 +112,7 @@ class MPICommunicator:
         if self.node and self.node.arrays(array):
             self.node.sum(array)
             return array
-        check_contiguous(array)
+        check_summable(array)
         flat = array.reshape(-1)
         step = self._piece_bytes // array.itemsize if self._piece_bytes else max(1, flat.size)
         for start in range(0, flat.size, step):

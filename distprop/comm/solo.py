@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from distprop.comm.base import Array, check_contiguous, check_root
+from distprop.comm.base import Array, check_contiguous, check_root, check_summable
 
 
 class SoloCommunicator:
@@ -24,7 +24,7 @@ class SoloCommunicator:
 
     def allreduce(self, array: Array) -> Array:
         """The sum over one rank: `array` itself."""
-        check_contiguous(array)
+        check_summable(array)
         return array
 
     def broadcast(self, array: Array, root: int = 0) -> Array:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root
+from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root, check_summable
 from distprop.comm.node import Node
 
 Result = TypeVar("Result")
@@ -77,7 +77,7 @@ class ThreadCommunicator:
         if self.node and self.node.arrays(array):
             self.node.sum(array)
             return array
-        check_contiguous(array)
+        check_summable(array)
         brought = self._exchange(("allreduce", array.shape, array.dtype.str), array.copy())
         array[...] = 0
         for other in brought:
