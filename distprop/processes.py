@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
+import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 
 from distprop import hosts as other_hosts
 from distprop.hosts.probe import marked
 from distprop.stopping import TRAINING, Watch
-from distprop.witness import Witness
+from distprop.witness import Witness, is_rank
 
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL; Open MPI takes 0.3 (5.0) or 1.0 (4.1) to end its ranks, MPICH 0.02
 _SAVE_SECONDS = 120.0  # for the end of a step, maybe an evaluation, and a checkpoint
@@ -88,6 +88,9 @@ def wait(process: subprocess.Popen[bytes], marker: str, witness: Witness, guard:
                 patience -= _LOOK_SECONDS
                 process.terminate() if patience > 0 else process.kill()
                 continue
+            witness.count()
+            if witness.all_lost:
+                _kill_ranks(marker)  # what they have left holds the launcher's pipes open, and it waits for that
             has_ranks = _has_ranks(marker)
             without = 0 if has_ranks or not had_ranks else without + 1
             if without == 2:
@@ -101,12 +104,12 @@ def _has_ranks(marker: str) -> bool:
     return any(is_rank(pid) for pid in marked(marker))
 
 
-def is_rank(pid: int) -> bool:
-    """Whether the process was started as a rank (or by one), not as a part of the launcher."""
-    try:
-        return re.search(rb"\0(OMPI_COMM_WORLD_RANK|PMI_RANK)=", Path(f"/proc/{pid}/environ").read_bytes()) is not None
-    except OSError:
-        return False
+def _kill_ranks(marker: str) -> None:
+    """And what they have started, but not the launcher."""
+    for pid in marked(marker):
+        if is_rank(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def tether() -> list[str]:

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from distprop.comm.recorder import END, FOLDER_VARIABLE, LAUNCHER, here
+
 DAEMONS = "DISTPROP_DAEMONS"  # the folder of Open MPI's daemons, distprop-daemons.JOB on each of several hosts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -26,31 +28,43 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     """Run `sys.argv[1:]`, a script or `-m module` with its arguments; a failure ends the whole job."""
     _die_with_launcher()
+    _keep_record()
     _remove_folders_of_daemons()
     _have_no_input()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # It is a pipe, on which lines are to arrive as they are printed; and whole, which PYTHONUNBUFFERED prevents.
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
+    process, status = os.getpid(), 0
     try:
         _run(sys.argv[1:])
     except SystemExit as leaving:
         status = _status(leaving)
         if status:
             _end_job(status, patience_seconds=5)
-        sys.exit(status)
     except BaseException as error:
         error.__traceback__ = _trace_of_script(error)
         # After world() the hook is the one that names the rank and aborts the job; it does not return.
         sys.excepthook(type(error), error, error.__traceback__)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         _end_job(status, patience_seconds=0)
-        sys.exit(status)
+    if not status and not here.hosts and os.getpid() == process:  # after world() its watchdog says so
+        here.at(END)
+    sys.exit(status)
 
 
 def _die_with_launcher() -> None:
     """Ask Linux for a SIGKILL when the parent dies; Open MPI 5 leaves its ranks running when it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _keep_record() -> None:
+    """Where `distprop run` reads it, which so knows of this rank before it calls world(), or if it never does."""
+    number = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK")
+    folder = os.environ.get(FOLDER_VARIABLE, "")
+    if number and os.path.exists(os.path.join(folder, LAUNCHER)):
+        with contextlib.suppress(OSError):
+            here.keep(folder, int(number), int(os.environ.get("DISTPROP_SIZE", 1)))
 
 
 def _remove_folders_of_daemons() -> None:

@@ -8,6 +8,7 @@ record is still there.
 from __future__ import annotations
 
 import contextlib
+import re
 import select
 import shutil
 import signal
@@ -17,7 +18,7 @@ import threading
 from pathlib import Path
 
 from distprop.comm import recorder
-from distprop.comm.recorder import FOLDER_VARIABLE, LAUNCHER
+from distprop.comm.recorder import FOLDER_VARIABLE, LAUNCHER, Snapshot
 
 
 class Witness:
@@ -41,6 +42,8 @@ class Witness:
             self._ends = None
         self._ranks: dict[int, socket.socket] = {}  # the connections, by their file descriptors
         self._dead: list[int] = []  # ranks in the order of their deaths
+        self._gone: set[int] = set()  # ranks without a process at the last count
+        self._long_gone: set[int] = set()  # and at the one before
         self._welcoming = threading.Thread(target=self._welcome, daemon=True)
         self._welcoming.start()
 
@@ -59,14 +62,28 @@ class Witness:
         numbers = [self._ranks[connection].recv(16) for connection, _ in self._ends.poll(0)]  # they come in their order
         self._dead += [int(number) for number in numbers if number]  # none from one that died before it said its own
 
+    def count(self) -> None:
+        """Take note of the ranks whose processes are gone. Between two counts launchers do what they do about it."""
+        gone = {number for number, rank in self._records().items() if not is_rank(rank.process)}
+        self._gone, self._long_gone = gone, self._gone & gone
+
+    @property
+    def all_lost(self) -> bool:
+        """Whether all ranks of this host are gone, and one of them before it came to the end of its script."""
+        ranks = self._records()
+        return self._long_gone == set(ranks) and not all(rank.ended for rank in ranks.values())
+
     def report(self, status: int) -> str:
         """Why the job ended with `status`, if no rank has said it: the first death and its place."""
         self.look()
-        snapshots = {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
+        snapshots = self._records()
         if not self._dead or any(snapshot.spoken for snapshot in snapshots.values()):
             return ""
         first = snapshots[self._dead[0]]
         return "" if first.ended else recorder.report((first.rank,), _cause(status), snapshots)
+
+    def _records(self) -> dict[int, Snapshot]:
+        return {snapshot.rank: snapshot for snapshot in recorder.records(str(self.folder))}
 
     def close(self) -> None:
         """Remove the folder."""
@@ -78,6 +95,14 @@ class Witness:
         if self._ends is not None:
             self._ends.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def is_rank(pid: int) -> bool:
+    """Whether the process was started as a rank (or by one), not as a part of the launcher, and goes on."""
+    try:
+        return re.search(rb"\0(OMPI_COMM_WORLD_RANK|PMI_RANK)=", Path(f"/proc/{pid}/environ").read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def _cause(status: int) -> str:

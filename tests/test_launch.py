@@ -420,7 +420,8 @@ def test_the_ranks_read_nothing_instead_of_waiting_for_input(jobs: Jobs) -> None
 
 
 # What rank 1 does while rank 0 waits for it, the exit status of the job, and what is to be read on standard error.
-BEFORE_WORLD = "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK'])\nif rank == 1: "
+RANK_NUMBER = "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK'])\n"
+BEFORE_WORLD = RANK_NUMBER + "if rank == 1: "
 FAILURES = {
     "raises": (WORLD + "if comm.rank == 1: raise ValueError('boom')", 1, "rank 1 of 2 on .*ValueError: boom"),
     "raises in a thread": (
@@ -466,6 +467,35 @@ def test_ranks_that_all_exit_with_a_failure_are_not_killed(jobs: Jobs) -> None:
     done = jobs.run(2, source)
     assert done.returncode == 3
     assert "saved by 0" in done.stdout
+
+
+CHILD = """
+import subprocess
+subprocess.Popen(["sh", "-c", f"sleep {sys.argv[1]}; echo child"])
+"""
+KILLED = "if rank == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)\n"
+
+
+@needs_mpi
+@pytest.mark.parametrize("source", [KILLED + WORLD, WORLD + "comm.barrier()\n" + KILLED], ids=["before", "after"])
+def test_what_a_killed_rank_has_started_does_not_keep_the_job(source: str, jobs: Jobs) -> None:
+    """It holds the launcher's pipes open, for whose end launchers wait."""
+    begin = time.monotonic()
+    done = jobs.run(2, CHILD + RANK_NUMBER + source + "comm.barrier()", "60")
+    assert time.monotonic() - begin < 20
+    assert is_status(done, 137), done.stderr
+    assert not jobs.left()
+    assert source.startswith(KILLED) or "rank 1 of 2 on " in done.stderr, done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("source", ["", WORLD, "os.execvp('sh', ['sh', '-c', 'sleep 9; echo other'])"])
+def test_what_ranks_leave_at_their_end_is_waited_for(source: str, jobs: Jobs) -> None:
+    """A helper that still writes; also where ranks never call world(), or have become another program."""
+    done = jobs.run(2, CHILD + source, "7")
+    assert (done.returncode, done.stdout.count("child")) == (0, 2), done.stderr
+    assert done.stdout.count("other") == 2 * ("other" in source)
+    assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2)
 
 
 @needs_mpi

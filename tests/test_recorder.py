@@ -54,6 +54,17 @@ def test_a_record_without_a_launcher_leaves_no_file(monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_record_that_is_in_its_file_already_stays_there(tmp_path: Path) -> None:
+    """The connection to the launcher is to be the file opened last, so nothing may be closed before it."""
+    record = Record()
+    record.keep(str(tmp_path), 1, 2)
+    memory = record.memory
+    record.keep(str(tmp_path), 1, 2)
+    record.at(BACKWARD, 3)
+    assert record.memory is memory
+    assert [(found.rank, found.place) for found in recorder.records(str(tmp_path))] == [(1, "step 3, backward pass")]
+
+
 def test_the_report_names_rank_host_step_phase_and_reason() -> None:
     record = Record()
     recorder._HEADER.pack_into(record.memory, 0, b"distprop", 2, 4, 77, b"node7")

@@ -59,6 +59,7 @@ class Record:
         self.hosts: list[str] = []  # by rank, once the ranks are connected
         self.peers: dict[int, Any] = {}  # the memory of other ranks' records, of those on this host
         self.memory: Any = bytearray(LENGTH)
+        self._path = ""  # of the file that it is in
         self.step, self.phase = 0, START
         self.sequence, self.inside, self.waited = 0, False, 0.0
         self.failed = False  # the last collective raised
@@ -118,7 +119,7 @@ class Record:
         folder = given if owned else os.path.join(memory_folder(), f"distprop-{messages[0][1]}")
         with contextlib.suppress(OSError):  # then the record stays with this process, and only its own report has it
             os.makedirs(folder, exist_ok=True)
-            self._move(os.path.join(folder, f"rank-{comm.rank}"), host)
+            self.keep(folder, comm.rank, comm.size)
             if owned:
                 self._stay_connected(os.path.join(folder, LAUNCHER))
         comm.barrier()
@@ -132,11 +133,18 @@ class Record:
                 os.unlink(os.path.join(folder, f"rank-{comm.rank}"))
                 os.rmdir(folder)
 
-    def _move(self, path: str, host: str) -> None:
-        _HEADER.pack_into(self.memory, 0, _MAGIC, self.rank, self.size, os.getpid(), host.encode()[:64])
-        with open(path, "xb") as file:
+    def keep(self, folder: str, rank: int, size: int) -> None:
+        """From now on the record is in a file of `folder`, if it is not already.
+
+        A second mapping would free a file number below those of MPI, and `_stay_connected` would get it.
+        """
+        path = os.path.join(folder, f"rank-{rank}")
+        if path == self._path:
+            return
+        _HEADER.pack_into(self.memory, 0, _MAGIC, rank, size, os.getpid(), os.uname().nodename.encode()[:64])
+        with open(path, "wb") as file:
             file.write(self.memory)
-        self.memory = _map(path)
+        self.memory, self._path = _map(path), path
 
     def _stay_connected(self, launcher: str) -> None:
         import socket  # not on every import of the package
