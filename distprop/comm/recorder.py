@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from distprop.comm.base import Communicator
 
-START, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, END = (
+START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, END = (
     b"start",
+    b"start of MPI",
     b"data",
     b"forward pass",
     b"backward pass",
@@ -173,6 +174,11 @@ class Snapshot:
     sequence: int
     inside: bool
     ring: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # number: (operation, bytes), oldest first
+
+    @property
+    def joining(self) -> bool:
+        """Whether it waits for the others in the start of MPI."""
+        return self.phase == JOINING.decode()
 
     @property
     def ended(self) -> bool:
