@@ -116,6 +116,19 @@ def test_values_keep_the_dtype_and_the_place(dtype):
         assert np.isfinite(parameter.data).all()
 
 
+def test_a_part_of_a_parameter_is_filled_in_place(torch):
+    ours, theirs = nn.LSTM(3, 4), torch.nn.LSTM(3, 4)
+    for library, bias in ((nn, ours.bias_ih_l0), (torch.nn, theirs.bias_ih_l0)):
+        library.init.zeros_(bias)
+        library.init.constant_(bias[4:8], 7.0)  # the forget gate's
+    np.testing.assert_array_equal(ours.bias_ih_l0.data, theirs.bias_ih_l0.detach().numpy())
+    for function in (init.uniform_, init.normal_, init.xavier_uniform_, init.kaiming_normal_, init.orthogonal_):
+        for weight in (empty((4, 6)), empty((4, 6)).data):
+            function(weight[1:3])
+            assert np.isfinite(np.asarray(weight)[1:3]).all()
+            assert np.isnan(np.asarray(weight)[[0, 3]]).all()
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     def draw(seed):
         manual_seed(seed)

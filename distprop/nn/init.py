@@ -1,6 +1,7 @@
 """First weights. The wrong scale here is where vanishing and exploding gradients begin: see docs/backprop.md.
 
-Each function fills a parameter in place and returns it, under PyTorch's name.
+Each function fills a parameter, or a part of one such as `bias[4:8]`, or an array, in place and returns it, under
+PyTorch's name.
 Sources: Glorot and Bengio, 2010 (Xavier); He et al., 2015, arXiv:1502.01852 (Kaiming); LeCun et al., 1998, "Efficient
 BackProp" (LeCun); Saxe et al., 2013, arXiv:1312.6120 (orthogonal).
 """
@@ -8,86 +9,86 @@ BackProp" (LeCun); Saxe et al., 2013, arXiv:1312.6120 (orthogonal).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from distprop.random import initialiser
-from distprop.tensor import Parameter
+from distprop.tape import Array
+from distprop.tensor import Tensor
+
+Filled = TypeVar("Filled", bound=Tensor | Array)
 
 
-def uniform_(parameter: Parameter, a: float = 0.0, b: float = 1.0) -> Parameter:
+def uniform_(parameter: Filled, a: float = 0.0, b: float = 1.0) -> Filled:
     """Uniform on [a, b)."""
-    parameter.data = initialiser().uniform(a, b, parameter.shape).astype(parameter.dtype)
-    return parameter
+    return _fill(parameter, initialiser().uniform(a, b, parameter.shape))
 
 
-def normal_(parameter: Parameter, mean: float = 0.0, std: float = 1.0) -> Parameter:
+def normal_(parameter: Filled, mean: float = 0.0, std: float = 1.0) -> Filled:
     """Normal with the given mean and standard deviation."""
-    parameter.data = initialiser().normal(mean, std, parameter.shape).astype(parameter.dtype)
-    return parameter
+    return _fill(parameter, initialiser().normal(mean, std, parameter.shape))
 
 
-def constant_(parameter: Parameter, value: float) -> Parameter:
+def constant_(parameter: Filled, value: float) -> Filled:
     """The same value everywhere."""
-    parameter.data = np.full(parameter.shape, value, parameter.dtype)
-    return parameter
+    return _fill(parameter, value)
 
 
-def zeros_(parameter: Parameter) -> Parameter:
+def zeros_(parameter: Filled) -> Filled:
     """Zero everywhere."""
     return constant_(parameter, 0.0)
 
 
-def ones_(parameter: Parameter) -> Parameter:
+def ones_(parameter: Filled) -> Filled:
     """One everywhere."""
     return constant_(parameter, 1.0)
 
 
-def xavier_uniform_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+def xavier_uniform_(parameter: Filled, gain: float = 1.0) -> Filled:
     """Uniform on ±gain √(6/(fan_in + fan_out)): keeps variances forward and backward, for tanh and sigmoid."""
     bound = gain * math.sqrt(6 / sum(fans(parameter)))
     return uniform_(parameter, -bound, bound)
 
 
-def xavier_normal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+def xavier_normal_(parameter: Filled, gain: float = 1.0) -> Filled:
     """Normal with standard deviation gain √(2/(fan_in + fan_out))."""
     return normal_(parameter, 0.0, gain * math.sqrt(2 / sum(fans(parameter))))
 
 
 def kaiming_uniform_(
-    parameter: Parameter,
+    parameter: Filled,
     a: float = 0.0,
     mode: Literal["fan_in", "fan_out"] = "fan_in",
     nonlinearity: str = "leaky_relu",
-) -> Parameter:
+) -> Filled:
     """Uniform on ±√3 gain/√fan: keeps variances through rectifiers, which halve them. `a` is the leaky slope."""
     bound = math.sqrt(3) * calculate_gain(nonlinearity, a) / math.sqrt(_fan(parameter, mode))
     return uniform_(parameter, -bound, bound)
 
 
 def kaiming_normal_(
-    parameter: Parameter,
+    parameter: Filled,
     a: float = 0.0,
     mode: Literal["fan_in", "fan_out"] = "fan_in",
     nonlinearity: str = "leaky_relu",
-) -> Parameter:
+) -> Filled:
     """Normal with standard deviation gain/√fan."""
     return normal_(parameter, 0.0, calculate_gain(nonlinearity, a) / math.sqrt(_fan(parameter, mode)))
 
 
-def lecun_uniform_(parameter: Parameter) -> Parameter:
+def lecun_uniform_(parameter: Filled) -> Filled:
     """Uniform on ±√(3/fan_in): keeps variances forward through linear units, and for SELU. Not in PyTorch."""
     bound = math.sqrt(3 / fans(parameter)[0])
     return uniform_(parameter, -bound, bound)
 
 
-def lecun_normal_(parameter: Parameter) -> Parameter:
+def lecun_normal_(parameter: Filled) -> Filled:
     """Normal with standard deviation 1/√fan_in. Not in PyTorch."""
     return normal_(parameter, 0.0, 1 / math.sqrt(fans(parameter)[0]))
 
 
-def orthogonal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
+def orthogonal_(parameter: Filled, gain: float = 1.0) -> Filled:
     """gain times a random matrix `(out, in · ...)` whose rows, or columns if they are fewer, are orthonormal.
 
     All singular values are `gain`, so a deep linear network neither shrinks nor stretches anything. Uniform over all
@@ -96,13 +97,12 @@ def orthogonal_(parameter: Parameter, gain: float = 1.0) -> Parameter:
     Raises:
         ValueError: fewer than two axes, or an empty one.
     """
-    if parameter.ndim < 2 or not parameter.data.size:
+    if parameter.ndim < 2 or 0 in parameter.shape:
         raise ValueError(f"orthogonal_ needs a weight of two or more axes with entries, got shape {parameter.shape}")
-    rows, columns = parameter.shape[0], parameter.data[0].size
+    rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
     q, r = np.linalg.qr(initialiser().normal(size=(max(rows, columns), min(rows, columns))))
     q *= np.where(np.diag(r) < 0, -1, 1)
-    parameter.data = (gain * (q if rows >= columns else q.T)).reshape(parameter.shape).astype(parameter.dtype)
-    return parameter
+    return _fill(parameter, (gain * (q if rows >= columns else q.T)).reshape(parameter.shape))
 
 
 def calculate_gain(nonlinearity: str, param: float = 0.01) -> float:
@@ -125,7 +125,7 @@ def calculate_gain(nonlinearity: str, param: float = 0.01) -> float:
     return gains[nonlinearity]
 
 
-def fans(parameter: Parameter) -> tuple[int, int]:
+def fans(parameter: Tensor | Array) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight `(out, in, ...)`: the connections into and out of one unit.
 
     Raises:
@@ -137,7 +137,14 @@ def fans(parameter: Parameter) -> tuple[int, int]:
     return parameter.shape[1] * receptive, parameter.shape[0] * receptive
 
 
-def _fan(parameter: Parameter, mode: str) -> int:
+def _fan(parameter: Tensor | Array, mode: str) -> int:
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f'mode must be "fan_in" or "fan_out", got {mode!r}')
     return fans(parameter)[mode == "fan_out"]
+
+
+def _fill(parameter: Filled, values: Array | float) -> Filled:
+    """Written into the array, not put in its place: a part of a parameter is a view of it."""
+    array = parameter.data if isinstance(parameter, Tensor) else parameter
+    array[...] = values
+    return parameter
