@@ -690,6 +690,17 @@ def test_a_state_of_what_is_no_number_changes_nothing():
         np.testing.assert_array_equal(array, before[name])
 
 
+def test_a_buffer_of_none_is_none_until_an_array_is_assigned(torch):
+    for library, ones in ((nn, np.ones), (torch.nn, torch.ones)):
+        module = library.Module()
+        module.register_buffer("mask", None)
+        assert module.mask is None
+        assert list(module.named_buffers()) == list(module.state_dict()) == []
+        assert module.double().mask is None
+        module.mask = ones(3)
+        assert [name for name, _ in module.named_buffers()] == list(module.state_dict()) == ["mask"]
+
+
 def with_buffers(library, array):
     """The same module in both libraries; one linear layer is in two places."""
 

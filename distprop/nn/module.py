@@ -56,15 +56,16 @@ class Module:
         """The output of `forward`."""
         return self.forward(*args, **kwargs)
 
-    def register_buffer(self, name: str, value: ArrayLike, persistent: bool = True) -> None:
+    def register_buffer(self, name: str, value: ArrayLike | None, persistent: bool = True) -> None:
         """An array that is not trained, such as a running mean; read it as an attribute.
 
-        It is saved with the model unless `persistent` is False, as for a mask that the constructor makes.
+        It is saved with the model unless `persistent` is False, as for a mask that the constructor makes. None stays
+        None and is no buffer until an array is assigned.
         """
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
         self._not_saved = self._not_saved - {name} if persistent else self._not_saved | {name}
-        setattr(self, name, np.array(value))
+        setattr(self, name, None if value is None else np.array(value))
 
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
         """The same as assigning it to an attribute."""
@@ -120,8 +121,8 @@ class Module:
     def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array]]:
         """The arrays that are not trained, with dotted names; the arguments are those of `named_parameters`."""
         for place, module in self.named_modules(prefix) if recurse else [(prefix, self)]:
-            for name in module._buffer_names:
-                yield _join(place, name), module._buffer(name)
+            for name, buffer in module._own_buffers():
+                yield _join(place, name), buffer
 
     def buffers(self, recurse: bool = True) -> Iterator[Array]:
         """The arrays that are not trained."""
@@ -132,8 +133,8 @@ class Module:
         state: dict[str, Array] = {}
         for prefix, module in self._all_modules():
             state.update((_join(prefix, name), p.data) for name, p in module._own_parameters())
-            saved = (name for name in module._buffer_names if name not in module._not_saved)
-            state.update((_join(prefix, name), module._buffer(name)) for name in saved)
+            buffers = module._own_buffers()
+            state.update((_join(prefix, name), buffer) for name, buffer in buffers if name not in module._not_saved)
         return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
@@ -191,8 +192,7 @@ class Module:
         for parameter in self.parameters():
             parameter.data = parameter.data.astype(dtype)
         for module in self.modules():
-            for name in module._buffer_names:
-                value = module._buffer(name)
+            for name, value in module._own_buffers():
                 if value.dtype.kind == "f":
                     setattr(module, name, value.astype(dtype))
         return self
@@ -216,10 +216,13 @@ class Module:
         lines = [f"({name}): {child!r}".replace("\n", "\n  ") for name, child in children]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
 
-    def _buffer(self, name: str) -> Array:
-        value = np.asarray(getattr(self, name))
-        setattr(self, name, value)  # `self.count = self.count + 1` leaves a NumPy scalar, which nothing can load into
-        return value
+    def _own_buffers(self) -> Iterator[tuple[str, Array]]:
+        for name in self._buffer_names:
+            value = getattr(self, name)
+            if value is not None:
+                array = np.asarray(value)
+                setattr(self, name, array)  # `self.count = self.count + 1` leaves a scalar, which nothing can load into
+                yield name, array
 
     def _own_parameters(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Parameter))
