@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distprop.allocator import is_all_of, keep_freed_memory
+from distprop.sums import sum_over
 
 if TYPE_CHECKING:
     from distprop.tensor import Tensor
@@ -247,7 +248,7 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     axes = tuple(range(extra)) + tuple(
         i + extra for i, n in enumerate(shape) if n == 1 and gradient.shape[i + extra] != 1
     )
-    return np.asarray(gradient.sum(axis=axes)).reshape(shape)
+    return sum_over(gradient, axes).reshape(shape)
 
 
 _NOBODY_ELSE = (0, 0, True)

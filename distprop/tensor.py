@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from distprop.allocator import aligned_like
 from distprop.pieces import compact, in_pieces, laid_out_as, like
 from distprop.rows import add_rows
+from distprop.sums import sum_over
 from distprop.tape import Array, Node, Out, VectorJacobianProduct, gradients_needed, node_for, sum_to, walk_back
 
 Operand: TypeAlias = Union["Tensor", ArrayLike]
@@ -310,7 +311,7 @@ class Tensor:
     def sum(self, dim: Dim = None, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False) -> Tensor:
         """Sum over `dim`, or over everything."""
         axes, keep = self._axes(dim, axis), keepdim or keepdims
-        return _reduction(self, self.data.sum(axis=axes, keepdims=keep), axes, keep, lambda g: g)
+        return _reduction(self, sum_over(self.data, axes, keep), axes, keep, lambda g: g)
 
     def mean(self, dim: Dim = None, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False) -> Tensor:
         """Mean over `dim`, or over everything; 0 over nothing, as every loss over an empty batch is."""
@@ -318,7 +319,7 @@ class Tensor:
             raise TypeError(f"mean() needs floating point, got dtype {self.dtype}")
         axes, keep = self._axes(dim, axis), keepdim or keepdims
         scale = self.dtype.type(1 / max(self._count(axes), 1))
-        return _reduction(self, self.data.sum(axis=axes, keepdims=keep) * scale, axes, keep, lambda g: g * scale)
+        return _reduction(self, sum_over(self.data, axes, keep) * scale, axes, keep, lambda g: g * scale)
 
     def var(
         self, dim: Dim = None, correction: float = 1, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False
@@ -335,8 +336,8 @@ class Tensor:
         if 0 < n <= correction:
             raise ValueError(f"var() over {n} value{'s' if n > 1 else ''} needs a smaller correction than {correction}")
         count = n - correction if n else 1
-        centred = self.data - self.data.sum(axis=axes, keepdims=True) / self.dtype.type(max(n, 1))
-        value = (centred * centred).sum(axis=axes, keepdims=keep) / np.asarray(count, self.dtype)
+        centred = self.data - sum_over(self.data, axes, True) / self.dtype.type(max(n, 1))
+        value = sum_over(centred * centred, axes, keep) / np.asarray(count, self.dtype)
         return _reduction(self, value, axes, keep, lambda g: g * centred * (2 / count))
 
     def max(self, dim: Dim = None, keepdim: bool = False, *, axis: Dim = None, keepdims: bool = False) -> Tensor:

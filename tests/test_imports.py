@@ -15,7 +15,7 @@ PACKAGE = Path(distprop.__file__).parent
 
 # From the bottom up, as DESIGN.md draws it. A module may import its own floor and those above it in this list.
 FLOORS = [
-    {"allocator", "random", "tape", "pieces", "rows", "tensor", "functional"}
+    {"allocator", "random", "sums", "tape", "pieces", "rows", "tensor", "functional"}
     | {"testing", "comm", "cost", "chart", "slurm"},
     {"nn", "buffer", "weights", "pace"},
     {"optim", "data"},

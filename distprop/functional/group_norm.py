@@ -17,6 +17,7 @@ from distprop.functional.check import affine_inputs, check_affine
 from distprop.functional.moments import Moments, Outer
 from distprop.functional.pointwise import placed
 from distprop.functional.short_buffers import short_buffers
+from distprop.sums import sum_over
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, record
 
@@ -72,7 +73,7 @@ def group_norm(
         gradients = [None if dx is None else dx.reshape(x.shape)]
         for tensor, each in ((weight, sums[0]), (bias, sums[1])):
             if tensor is not None:
-                total = each.reshape(-1, channels).sum(axis=0) if tensor.requires_grad else None
+                total = sum_over(each.reshape(-1, channels), (0,)) if tensor.requires_grad else None
                 gradients.append(placed(total, tensor, out[len(gradients)]))
         return gradients
 

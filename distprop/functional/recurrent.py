@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distprop.functional.check import same_dtype
+from distprop.sums import sum_over
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -260,7 +261,7 @@ def _gradients(
         target = out[len(results)]
         results.append(np.matmul(d.T, rows.reshape(-1, rows.shape[2]), out=target) if w.requires_grad else None)
     for b, d in zip(inputs[number + 2 :], (for_ih, for_hh), strict=False):
-        results.append(np.add.reduce(d, axis=0, out=out[len(results)]) if b.requires_grad else None)
+        results.append(sum_over(d, (0,), out=out[len(results)]) if b.requires_grad else None)
     return results
 
 
