@@ -551,13 +551,19 @@ class Parameter(Tensor):
 
     @property
     def grad(self) -> Array | None:
-        """This step's accumulated gradient, or None before the first backward pass since `zero_grad()`."""
+        """This step's accumulated gradient, or None before the first backward pass since `zero_grad()`.
+
+        An array assigned to it must have the parameter's shape, else ValueError; a single number goes everywhere.
+        """
         return self._grad if self.has_grad else None
 
     @grad.setter
     def grad(self, value: ArrayLike | None) -> None:
         if value is not None:
-            self._place()[...] = value
+            gradient = np.asarray(value)
+            if gradient.ndim and gradient.shape != self.shape:
+                raise ValueError(f"a gradient of shape {gradient.shape} for a parameter of shape {self.shape}")
+            self._place()[...] = gradient
         self.has_grad, self.zeroed = value is not None, False
 
     def gradient_target(self) -> Array | None:
