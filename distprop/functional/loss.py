@@ -109,7 +109,7 @@ def nll_loss(
 
 
 def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
-    """(x − y)², the mean over all elements. Derivative: 2(x − y)."""
+    """(x − y)², the mean over all elements. Derivative: 2(x − y), and the opposite for y."""
     return _difference(
         "mse_loss",
         input,
@@ -121,12 +121,12 @@ def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> 
 
 
 def l1_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
-    """|x − y|. Derivative: sign(x − y)."""
+    """|x − y|. Derivative: sign(x − y), and the opposite for y."""
     return _difference("l1_loss", input, target, reduction, np.abs, np.sign)
 
 
 def huber_loss(input: Operand, target: Operand, reduction: Reduction = "mean", delta: float = 1.0) -> Tensor:
-    """(x − y)²/2 where |x − y| ≤ δ, else δ(|x − y| − δ/2). Derivative: x − y, clipped to ±δ.
+    """(x − y)²/2 where |x − y| ≤ δ, else δ(|x − y| − δ/2). Derivative: x − y, clipped to ±δ; for y the opposite.
 
     Source: Huber, 1964, "Robust estimation of a location parameter".
     """
@@ -156,7 +156,8 @@ def binary_cross_entropy_with_logits(
 
     Derivative: w [(1 − y) σ(x) − p_w y (1 − σ(x))], which is σ(x) − y without weights.
     """
-    x, y = _pair("binary_cross_entropy_with_logits", input, target)
+    x, labels = _pair("binary_cross_entropy_with_logits", input, target)
+    y = _constant("binary_cross_entropy_with_logits", labels).astype(x.dtype, copy=False)
     w = np.asarray(1 if weight is None else as_tensor(weight).data, x.dtype)
     positive = y * np.asarray(1 if pos_weight is None else as_tensor(pos_weight).data, x.dtype)
     inputs = [_whole(array, x.shape) for array in (x.data, y, positive, w)]
@@ -249,12 +250,12 @@ def _along_classes(weights: Array, ndim: int) -> Array:
     return weights.reshape(1, -1, *([1] * (ndim - 2)))
 
 
-def _pair(operation: str, input: Operand, target: Operand) -> tuple[Tensor, Array]:
-    x, y = as_tensor(input), _constant(operation, target)
+def _pair(operation: str, input: Operand, target: Operand) -> tuple[Tensor, Tensor]:
+    x, y = as_tensor(input), as_tensor(target)
     floating(operation, x)
     if x.shape != y.shape:  # broadcasting (n, 1) against (n,) here is a well-known silent mistake
         raise ValueError(f"{operation} got predictions of shape {x.shape} and targets of shape {y.shape}")
-    return x, y.astype(x.dtype, copy=False)
+    return x, y
 
 
 def _constant(operation: str, target: Operand) -> Array:
@@ -274,7 +275,7 @@ def _difference(
 ) -> Tensor:
     """A loss of d = x − y: `value(d, out)` and `derivative(d, out)` write into `out`."""
     x, y = _pair(operation, input, target)
-    d = np.subtract(x.data, y, out=aligned_empty(x.shape, x.dtype))
+    d = np.subtract(x.data, y.data.astype(x.dtype, copy=False), out=aligned_empty(x.shape, x.dtype))
     losses = aligned_like(d)
     in_pieces(value, d, losses)
 
@@ -282,6 +283,8 @@ def _difference(
         derivative(d, out)
         out *= g
 
+    if y.requires_grad:
+        x = x - y  # d on the tape, which hands its gradient on to both
     return _reduced(x, losses, lambda g, out: in_pieces(scaled, d, _whole(g, x.shape), out), reduction, d.size)
 
 
