@@ -121,7 +121,8 @@ def plan(run_dir: Path, step: int, rank: int, *, script: Path | None = None, pro
         raise ReplayError(str(error)) from error
     if not run.sessions:
         raise ReplayError(f"{run_dir} has no {RUN}, so nobody knows what was run there; a run of now has one")
-    last = max((line["step"] for line in run.steps), default=0) + (run.state != "finished")  # that which failed
+    last = max((line["step"] for line in run.steps), default=0)
+    last += run.state not in ("finished", "stopped")  # that which failed
     if step > last and run.state in ("going", "died"):  # killed, perhaps, before the last lines were written
         remarks.append(
             f"step {step} is not in metrics.jsonl, which ends with step {last - 1}; it may come all the same"

@@ -23,7 +23,7 @@ from distprop.verdicts import advice_about_ranks
 
 _RUN_COLOURS = [f"var(--run{number})" for number in range(6)]
 _PHASE_COLOURS = {phase: f"var(--phase{number})" for number, phase in enumerate(PHASES)}
-_STATES = {"finished": "good", "going": "busy", "failed": "wrong", "died": "wrong"}
+_STATES = {"finished": "good", "going": "busy", "stopped": "busy", "failed": "wrong", "died": "wrong"}
 _MANY_ROWS = 40  # of a heat map; biases have none where there are more
 _RESULT_KEYS = {"step", "epoch", "loss", "lr", "examples", "seconds"}
 
@@ -283,7 +283,7 @@ def _environment(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    hidden = {"environment", "hosts", "began", "ended", "error", "model", "ranks", "from_step"}
+    hidden = {"environment", "hosts", "began", "ended", "error", "stopped", "model", "ranks", "from_step"}
     return {key: value for key, value in _session(run).items() if key not in hidden}
 
 

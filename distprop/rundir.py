@@ -32,29 +32,31 @@ class RunDirError(ValueError):
 
 
 @contextmanager
-def session(run_dir: Path | None, comm: Communicator, settings: Mapping[str, Any]) -> Iterator[None]:
+def session(run_dir: Path | None, comm: Communicator, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A call of `fit`: its ranks, hosts, settings and environment, and how it ended, go into `run.json`. Collective.
 
-    A run that is resumed, perhaps on another number of ranks, has one entry for each call. Without a `run_dir` it does
-    nothing.
+    A run that is resumed, perhaps on another number of ranks, has one entry for each call. Whoever stops it early puts
+    "stopped" into what this yields. Without a `run_dir` it does nothing.
     """
+    entry: dict[str, Any] = {}
     if run_dir is None:
-        yield
+        yield entry
         return
     hosts = allgather_json(comm, os.uname().nodename)
     if comm.rank:
-        yield
+        yield entry
         return
     earlier: list[dict[str, Any]] = []
     with suppress(RunDirError):
         earlier = read_sessions(run_dir)
-    entry = {"began": _now(), "ranks": comm.size, "hosts": hosts, **settings}
+    entry |= {"began": _now(), "ranks": comm.size, "hosts": hosts, **settings}
     entry |= {"program": program(), "environment": environment()}
     _write(run_dir, [*earlier, entry])
     try:
-        yield
+        yield entry
     except BaseException as error:
-        _write(run_dir, [*earlier, {**entry, "ended": _now(), "error": f"{type(error).__name__}: {error}"}])
+        text = ": ".join(filter(None, (type(error).__name__, str(error))))  # of a Ctrl-C there is nothing but the name
+        _write(run_dir, [*earlier, {**entry, "ended": _now(), "error": text}])
         raise
     _write(run_dir, [*earlier, {**entry, "ended": _now()}])
 
@@ -87,12 +89,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of "finished", "going", "failed" (an exception) and "died" (no word and no end)."""
+        """One of "finished", "stopped" (early), "going", "failed" (an exception) and "died" (no word and no end)."""
         last = self.sessions[-1] if self.sessions else {}
         if "error" in last:
             return "failed"
         if "ended" in last:
-            return "finished"
+            return "stopped" if last.get("stopped") else "finished"
         pause = max((line["seconds"] for line in self.steps[-20:] if _is_number(line.get("seconds"))), default=0)
         return "going" if self.silent_seconds < max(SILENT_SECONDS, 20 * pause) else "died"
 

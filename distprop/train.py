@@ -291,7 +291,7 @@ class Trainer:
         plan = Plan(int(total), len(loader), self.epoch, self.batch)
         progress_shown = show_progress(self._progress and self.comm.rank == 0, plan, self._timeline)
         with (
-            noted,
+            noted as entry,
             self._metrics,
             self._fingerprints,
             progress_shown as progress,
@@ -303,6 +303,7 @@ class Trainer:
             while self.epoch < last_epoch and self.step < last_step and not stopped:
                 stopped = self._run_epoch(loader, last_step, progress)
                 if self._stop_request.agreed:
+                    entry["stopped"] = True
                     break  # at once; the epoch ends when the run is resumed
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)

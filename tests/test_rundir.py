@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import Communicator, SoloCommunicator, run_threads
 from distprop.metrics import METRICS
+from distprop.report import page
 from distprop.rundir import RUN, RunDirError, read_run, read_sessions, session_at
+from distprop.stopping import StoppedError
 from test_fingerprint import dataset
 
 
@@ -76,6 +79,28 @@ def test_an_error_is_kept(tmp_path: Path) -> None:
     assert run.state == "failed"
     assert run.sessions[-1]["error"] == "KeyError: 'lost'"
     assert len(run.steps) == 3
+
+
+def test_a_run_that_was_stopped_has_not_finished(tmp_path: Path) -> None:
+    def ask(result: dp.StepResult) -> None:
+        if result.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        train(SoloCommunicator(), tmp_path, callbacks=[ask])
+    assert read_run(tmp_path).state == "stopped"
+    assert '<span class="state busy">stopped</span>' in page([read_run(tmp_path)])
+    train(SoloCommunicator(), tmp_path)
+    assert read_run(tmp_path).state == "finished"
+
+
+def test_an_error_without_a_message_is_its_name(tmp_path: Path) -> None:
+    def interrupt(result: dp.StepResult) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SoloCommunicator(), tmp_path, callbacks=[interrupt])
+    assert read_run(tmp_path).sessions[-1]["error"] == "KeyboardInterrupt"
 
 
 def test_a_run_is_going_until_it_has_been_silent_for_long(tmp_path: Path) -> None:
