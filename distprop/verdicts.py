@@ -48,6 +48,7 @@ RISEN = 1.2  # times the first loss; single steps of small batches differ by 10 
 JUMPED = 2.0  # times the first loss, at one look with large updates
 LARGE_RATIO = 1.0  # of any layer
 LOW_RATIO = 1e-5
+LOW_RATE = 0.01  # ‖gradient‖/‖weight‖; healthy networks begin with more, and one that has learnt comes below it
 LOW_FALL = 0.02  # of the loss since the beginning, less is hardly any
 
 # Class collapse. So many of the predictions are one class, and not even so many of the targets, over so many steps: a
@@ -280,13 +281,15 @@ def lr_high(history: History) -> Finding | None:
 
 
 def lr_low(history: History) -> Finding | None:
-    """Tiny updates and a loss that hardly falls, four looks in a row, with a learning rate that does not rise."""
+    """Tiny updates, though not for lack of gradients, and a loss that hardly falls; four looks, with no warm-up."""
     looks = history.last(4)
     if not looks or looks[-1].step < 30 or looks[-1].lr > looks[0].lr or history.remains < 1 - LOW_FALL:
         return None
     ratios = [_update_ratios(look) for look in looks]
     if not all(ratios) or max(max(of_look.values()) for of_look in ratios) > LOW_RATIO:
         return None
+    if min(max(_rates(look).values()) for look in looks) < LOW_RATE:
+        return None  # all ReLUs are dead, or the network has learnt: a larger learning rate would not help
     layer, ratio = max(ratios[-1].items(), key=lambda item: item[1])
     text = f"an update is {_short(ratio)} times as large as `{layer}` at the most, where 0.001 is usual"
     remedy = f"try {_short(looks[-1].lr * 100)} instead of {_short(looks[-1].lr)}"

@@ -204,6 +204,15 @@ def test_no_false_alarm_with_batches_too_small_to_show_anything(digits, batch_si
         assert said(model, digits, sgd(model, 0.03), 400, batch_size=batch_size) == {}
 
 
+def test_a_learning_rate_is_not_too_low_for_a_network_without_gradients(digits):
+    """All ReLUs are dead, or there is nothing left to learn."""
+    ruined = mlp(64, 128, 10)
+    assert "lr-low" not in said(ruined, digits, sgd(ruined, 0.1, 0.9), 1500, batch_size=1)
+    learnt = mlp(64, 64, 10)
+    said(learnt, digits, sgd(learnt, 0.1, 0.9), 1000)
+    assert "lr-low" not in said(learnt, digits, sgd(learnt, 1e-3), 400)
+
+
 def test_no_collapse_if_each_look_has_another_class():
     history = History()
     for step in range(0, 201, 50):
