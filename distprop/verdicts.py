@@ -25,7 +25,8 @@ VANISHING_RATE_ALONE = 300.0  # of layers without biases
 EQUALISED = 0.3  # of the other's update ratio: Adam makes the updates of a layer with small gradients like the others'
 
 # Exploding. ‖gradient‖/‖weight‖ of most layers; healthy networks begin with 0.01 to 10. Of most, since with ReLU the
-# product of weight and gradient is the same for all layers, and since weights that begin at 0 have a large one.
+# product of weight and gradient is the same for all layers. Weights that begin at 0 do not count at first: after k
+# steps they are no more than k updates, and so the rate is about 1/(k × learning rate).
 EXPLODING_RATE = 1000.0
 EXPLODING_GROWTH = 100.0  # times the median norm of the looks before ...
 EXPLODING_FIRST = 10.0  # ... and times the first norms: a trained network has small gradients, with outliers
@@ -193,7 +194,8 @@ def exploding(history: History) -> Finding | None:
         return None
     look = history.looks[-1]
     remedy = "try clip_norm=1.0, a smaller initialisation, normalisation or a lower learning rate"
-    rates = _rates(look)
+    began_at_zero = {name for seen in history.looks for name, one in seen.parameters.items() if not one.weight_norm}
+    rates = {name: rate for name, rate in _rates(look).items() if name not in began_at_zero}
     if rates and (middle := _median(list(rates.values()))) > EXPLODING_RATE:
         layer = max(rates, key=rates.__getitem__)
         text = f"most are over {_short(middle)} times their weights, that of `{layer}` is {_short(rates[layer])} times"

@@ -213,6 +213,18 @@ def test_a_learning_rate_is_not_too_low_for_a_network_without_gradients(digits):
     assert "lr-low" not in said(learnt, digits, sgd(learnt, 1e-3), 400)
 
 
+@pytest.mark.parametrize("hidden", [(), (64,), (64, 32)], ids=str)
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss])
+@pytest.mark.parametrize("lr", [1e-3, 5e-4, 1e-5])
+def test_weights_that_begin_at_zero_do_not_explode(digits, hidden, loss, lr):
+    """Linear and softmax regression, and networks with a last layer of zeros."""
+    y = np.eye(10, dtype=np.float32)[digits.y] if loss is F.mse_loss else digits.y
+    for make in (lambda model: sgd(model, lr, 0.9), lambda model: optim.Adam(model.parameters(), lr=lr)):
+        model = mlp(64, *hidden, 10)
+        model[-1].weight.data[:] = 0
+        assert "exploding" not in said(model, data.ArrayDataset(digits.x, y), make(model), 200, loss=loss)
+
+
 def test_no_collapse_if_each_look_has_another_class():
     history = History()
     for step in range(0, 201, 50):
