@@ -161,13 +161,16 @@ def non_finite(history: History) -> Finding | None:
     if math.isfinite(look.loss):
         return None
     bad = [name for name, of_one in look.parameters.items() if not math.isfinite(of_one.grad_norm)]
-    layer = bad[0] if bad else ""
-    what = f"the gradient of `{layer}` is" if bad else "the loss is"
-    before = ""
-    if len(history.looks) > 1 and bad:
+    remedy = "try a lower learning rate, clip_norm=1.0, and look at the data"
+    if not bad:
+        return Finding("", f"the loss is not finite; {remedy}")
+    if len(bad) == len(look.parameters):  # as a loss that is NaN makes them; the first layer is none the worse
+        return Finding("", f"no gradient is finite, so `distprop replay` has to find where it began; {remedy}")
+    layer, before = bad[0], ""
+    if len(history.looks) > 1:
         earlier = history.looks[-2]
         before = f"; at step {earlier.step:,} its norm was {_short(earlier.parameters[layer].grad_norm)}"
-    return Finding(layer, f"{what} not finite{before}; try a lower learning rate, clip_norm=1.0, and look at the data")
+    return Finding(layer, f"the gradient of `{layer}` is not finite{before}; {remedy}")
 
 
 def vanishing(history: History) -> Finding | None:

@@ -171,8 +171,8 @@ def test_a_loss_that_is_not_finite(digits):
     with np.errstate(all="ignore"), pytest.raises(NonFiniteLossError):
         trainer.fit(digits, steps=50)
     verdict = trainer.verdicts[-1]
-    assert verdict.kind == "non-finite"
-    assert "is not finite" in verdict.text
+    assert (verdict.kind, verdict.layer) == ("non-finite", "")
+    assert "no gradient is finite, so `distprop replay` has to find where it began" in verdict.text
     assert "try a lower learning rate, clip_norm=1.0" in verdict.text
 
 
