@@ -56,7 +56,8 @@ def find_program(
             f"the run in {run_dir} was started at a prompt or with python -c; what has no file cannot be run again"
         )
     if (said.get("module") or "").split(".")[0] == "distprop" or Path(said["script"]).name == "distprop":
-        raise ProgramError(f"the run in {run_dir} is one of distprop train, but its config.toml is gone")
+        why = "but its config.toml is gone" if script is None else "and --script is for runs of scripts; leave it out"
+        raise ProgramError(f"the run in {run_dir} is one of distprop train, {why}")
     path = script if script is not None else Path(said["script"])
     if not path.is_file():
         raise ProgramError(f"there is no {path}, which made the run in {run_dir}; if it has moved: --script PATH")

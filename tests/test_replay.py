@@ -492,6 +492,15 @@ def test_bad_input_is_refused_before_anything_is_done(prepare, options, message:
     assert not (tmp_path / "replay").exists()
 
 
+def test_another_script_is_refused_for_a_run_of_distprop_train(tmp_path: Path) -> None:
+    train(tmp_path, SoloCommunicator())
+    spoil(tmp_path, program={"script": "/x/distprop"})
+    (tmp_path / "config.toml").touch()
+    answer = command(tmp_path, "--step", 3, "--rank", 0, "--script", __file__)
+    assert answer.exit_code == 2
+    assert "is one of distprop train, and --script is for runs of scripts; leave it out" in answer.stderr
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "there is no folder" in command(tmp_path / "nowhere", "--step", 1, "--rank", 0).stderr
 
