@@ -21,9 +21,12 @@ from distprop.metrics import METRICS, forget_after, set_aside
 from distprop.nn.module import Module
 from distprop.optim.optimizer import Optimizer
 from distprop.stopping import DISK_BYTES_PER_SECOND, Report
+from distprop.timeline import TRACE
 
 if TYPE_CHECKING:
     from pathlib import Path  # its import takes as long as that of a third of this package
+
+_WRITTEN = (METRICS, FINGERPRINTS, TRACE)  # while a run goes on
 
 
 class RunCheckpoints:
@@ -82,7 +85,7 @@ class RunCheckpoints:
         if resume and self._comm.rank == 0:
             if found is not None:
                 forget_after(self._run_dir, step)
-            elif aside := [path.name for name in (METRICS, FINGERPRINTS) if (path := set_aside(self._run_dir, name))]:
+            elif aside := [path.name for name in _WRITTEN if (path := set_aside(self._run_dir, name))]:
                 _warn(f"{self._run_dir} has no checkpoint to go on from and starts anew; before: {', '.join(aside)}")
         self._report.began(self._run_dir, step)
         if writes and self._comm.rank == 0:

@@ -245,14 +245,13 @@ def test_resuming_without_a_checkpoint_starts_at_the_beginning_and_keeps_what_wa
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Interruption):
-        make_trainer(SoloCommunicator(), tmp_path, callbacks=[interrupt_at(3)]).fit(dataset(), epochs=1)
+        make_trainer(SoloCommunicator(), tmp_path, callbacks=[interrupt_at(3)], profile=1).fit(dataset(), epochs=1)
     before, hashes = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / FINGERPRINTS).read_bytes()
     trainer = make_trainer(SoloCommunicator(), tmp_path, resume=True)
     assert trainer.step == 0
-    said = (
-        "has no checkpoint to go on from and starts anew; before: metrics-before-1.jsonl, fingerprints-before-1.jsonl"
-    )
-    assert said in capsys.readouterr().err
+    aside = "metrics-before-1.jsonl, fingerprints-before-1.jsonl, trace-before-1.json"
+    assert f"has no checkpoint to go on from and starts anew; before: {aside}" in capsys.readouterr().err
+    assert not (tmp_path / "trace.json").exists()
     assert (tmp_path / "metrics-before-1.jsonl").read_text() == before != ""
     assert (tmp_path / "fingerprints-before-1.jsonl").read_bytes() == hashes != b""
     trainer.fit(dataset(), steps=2)
