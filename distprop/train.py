@@ -367,11 +367,10 @@ class Trainer:
         if validation is not None:
             with self._timeline("evaluation"):
                 result.validation = self.evaluate(validation)
-        seconds = {"seconds": self._timeline.take_all(self.comm)} if self.run_dir is not None else {}
         self._metrics.write(
             {"epoch": result.epoch, "step": self.step, "epoch_loss": result.loss, **result.metrics}
             | {f"validation_{name}": value for name, value in result.validation.items()}
-            | seconds
+            | {"seconds": self._timeline.take_all(self.comm)}
         )
         progress.epoch(result.epoch, result.loss, result.metrics, result.validation)
         best = result.validation.get("loss", math.inf) < self._best_loss

@@ -161,3 +161,27 @@ def test_a_callback_with_a_log_gets_every_line_on_rank_0(tmp_path: Path) -> None
     assert first.lines[-1] == {"flushed": True}
     written = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert first.lines[:-1] == written
+
+
+def test_the_line_of_an_epoch_has_its_seconds_without_a_folder_too() -> None:
+    class Keep:
+        def __init__(self) -> None:
+            self.epochs: list[dict] = []
+
+        def __call__(self, result: dp.StepResult) -> None:
+            pass
+
+        def log(self, line: dict) -> None:
+            self.epochs += [line] if "epoch_loss" in line else []
+
+        def flush(self) -> None:
+            pass
+
+    def body(comm) -> Keep:
+        keep = Keep()
+        train(comm, None, callbacks=[keep])
+        return keep
+
+    first, _ = run_threads(2, body)
+    assert first.epochs
+    assert all(len(line["seconds"]["forward"]) == 2 for line in first.epochs)
