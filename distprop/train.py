@@ -307,6 +307,7 @@ class Trainer:
                     break  # at once; the epoch ends when the run is resumed
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)
+        here.at(recorder.AFTER_FIT)
         if self._stop_request.agreed:
             saved_in = self.run_dir if self.checkpoint_every else None
             self._stop_request.leave(self.comm, self.step, self._checkpoints.newest, saved_in)

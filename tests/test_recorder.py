@@ -15,6 +15,7 @@ from distprop.comm import SoloCommunicator, recorder
 from distprop.comm.recorder import BACKWARD, RING, Record
 from distprop.witness import Witness
 from test_launch import wait_until
+from test_rundir import train
 
 
 def test_the_ring_keeps_the_last_collectives() -> None:
@@ -37,6 +38,11 @@ def test_a_collective_that_raised_is_one_the_rank_is_still_in() -> None:
     record.fail()
     assert recorder.read(record.memory).inside
     assert (record.inside, record.failed) == (False, True)
+
+
+def test_what_a_script_does_after_fit_is_no_longer_a_phase_of_it(tmp_path: Path) -> None:
+    train(SoloCommunicator(), tmp_path, steps=6, checkpoint_every=2)
+    assert recorder.read(recorder.here.memory).place == "step 6, after fit"
 
 
 def test_what_is_no_record_is_refused() -> None:

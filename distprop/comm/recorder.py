@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from distprop.comm.base import Communicator
 
-START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, END = (
+START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, AFTER_FIT, END = (
     b"start",
     b"start of MPI",
     b"data",
@@ -29,6 +29,7 @@ START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATIO
     b"callbacks",
     b"evaluation",
     b"checkpoint",
+    b"after fit",
     b"end",
 )
 RING = 16  # collectives that are kept
