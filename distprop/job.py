@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from distprop import functional as F
 from distprop import nn, optim
 from distprop.comm import Communicator, world
+from distprop.comm.base import allgather_json
 from distprop.config import Config, ConfigError, Data, Model, Optim, load_config, save_config
 from distprop.data import ArrayDataset, load_digits, load_mnist
 from distprop.metrics import EpochResult
@@ -21,6 +22,8 @@ from distprop.optim import schedule
 from distprop.random import manual_seed
 from distprop.stopping import resume_forced
 from distprop.train import Trainer
+
+T = TypeVar("T")
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -46,11 +49,11 @@ def train_from_config(
     its newest checkpoint.
 
     Raises:
-        ConfigError: the configuration does not fit the data, or `run_dir` holds another run.
+        ConfigError: on all ranks; the configuration does not fit the data, or `run_dir` holds another run.
     """
     comm = comm if comm is not None else world()
     resume = resume or resume_forced()
-    task = prepare(config)
+    task = _together(comm, lambda: prepare(config))
     run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
     trainer = task.trainer(
         comm=comm,
@@ -181,11 +184,23 @@ def _load_npz(path: Path) -> ArrayDataset:
 
 def _prepare_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
     """A folder of this run alone, with the resolved configuration in it; rank 0 chooses it."""
-    chosen = _choose_run_dir(config, default, resume) if comm.rank == 0 else b""
-    return Path(comm.allgather(chosen)[0].decode())
+    chosen = _together(comm, lambda: _choose_run_dir(config, default, resume) if comm.rank == 0 else default)
+    return Path(allgather_json(comm, str(chosen))[0])
 
 
-def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
+def _together(comm: Communicator, make: Callable[[], T]) -> T:
+    """What `make` returns; where it raises a ConfigError on any rank, all raise the first one. Collective."""
+    mistake = ""
+    try:
+        made = make()
+    except ConfigError as error:
+        mistake = str(error)
+    if mistakes := list(filter(None, allgather_json(comm, mistake))):
+        raise ConfigError(mistakes[0])
+    return made
+
+
+def _choose_run_dir(config: Config, default: Path, resume: bool) -> Path:
     run_dir = Path(config.train.run_dir) if config.train.run_dir is not None else default
     saved = run_dir / "config.toml"
     if resume and (saved.exists() or not resume_forced()):  # a restarted job may not have come so far
@@ -193,7 +208,7 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
             raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}")
         if different := _differences(load_config(saved), config):
             raise ConfigError(f"cannot resume {run_dir} with other settings: {different}")
-        return str(run_dir).encode()
+        return run_dir
     if config.train.run_dir is not None and saved.exists():
         raise ConfigError(f"train.run_dir: {run_dir} holds another run; --resume it, or name a new folder")
     if config.train.run_dir is None and run_dir.exists():
@@ -204,7 +219,7 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> bytes:
         save_config(config, run_dir / "config.toml")
     except OSError as error:
         raise ConfigError(f"train.run_dir: cannot write to {run_dir}: {error.strerror}") from error
-    return str(run_dir).encode()
+    return run_dir
 
 
 def _differences(saved: Config, wanted: Config) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distprop import launch
+from test_launch import needs_mpi
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +86,16 @@ def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: st
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@needs_mpi
+def test_a_mistake_in_the_run_folder_is_one_message_of_a_job_too(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[train]\nepochs = 1\n")
+    (tmp_path / "config.toml").touch()
+    done = distprop("train", "-n", "2", str(tmp_path / "a.toml"), "--set", f"train.run_dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.count(f"Error: train.run_dir: {tmp_path} holds another run") == 1
+    assert "MPI_ABORT" not in done.stderr
 
 
 def test_help_loads_neither_mpi_nor_the_launcher() -> None:

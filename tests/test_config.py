@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from distprop.cli import main
+from distprop.comm import Communicator, run_threads
 from distprop.config import Config, ConfigError, Data, load_config, save_config
-from distprop.job import build_model, build_optimizer, prepare
+from distprop.job import build_model, build_optimizer, prepare, train_from_config
 
 
 @pytest.fixture
@@ -242,6 +243,17 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path, toml: Path) -
     answer = CliRunner().invoke(main, ["train", str(toml), "--set", f"train.run_dir={tmp_path / 'taken'}"])
     assert answer.exit_code == 2, answer.exception
     assert f"train.run_dir: cannot write to {tmp_path / 'taken'}: File exists" in answer.output
+
+
+def test_a_mistake_that_rank_0_finds_is_known_to_all_ranks(tmp_path: Path, toml: Path) -> None:
+    train_from_config(load_config(toml), tmp_path / "run")
+    config = load_config(toml, [f"train.run_dir={tmp_path / 'run'}"])
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(ConfigError, match="holds another run; --resume it, or name a new folder"):
+            train_from_config(config, tmp_path, comm=comm)
+
+    run_threads(3, body, timeout_seconds=20)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(

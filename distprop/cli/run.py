@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -114,11 +115,17 @@ def train_command(
             raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too, or --hosts")
         if math.isfinite(max_time):
             os.environ["DISTPROP_DEADLINE"] = str(time.time() + max_time)
+        from distprop.comm import world
         from distprop.job import train_from_config
 
         # the file that a run has saved names its own folder
         run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", _run_name(config))
-        train_from_config(loaded, run_dir, resume, profile=profile)
+        try:
+            train_from_config(loaded, run_dir, resume, profile=profile)
+        except ConfigError:  # all ranks have it, and one says it
+            if world().rank:
+                sys.exit(Refusal.exit_code)
+            raise
 
 
 def _has_slots() -> bool:
