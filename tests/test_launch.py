@@ -590,7 +590,7 @@ def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) 
 @pytest.mark.parametrize("leaves", ["sys.exit(0)", "os._exit(0)"])
 def test_a_rank_that_ends_without_calling_world_is_named(leaves: str, jobs: Jobs) -> None:
     begin = time.monotonic()
-    done = jobs.run(2, BEFORE_WORLD + leaves + "\n" + WORLD)
+    done = jobs.run(2, BEFORE_WORLD + leaves + "\ntime.sleep(1)\n" + WORLD)  # earlier than the other joins
     assert time.monotonic() - begin < 20
     assert is_status(done, 1)
     reports = re.findall(r"^distprop: (.*); ending the job$", done.stderr, re.M)
