@@ -223,6 +223,7 @@ def test_ops_times_pytorch_on_one_thread_beside_ours(torch: Any) -> None:
 ARITHMETIC = {"add": "x + y", "sub": "x - y", "mul": "x * y", "truediv": "x / y", "matmul": "x @ y", "pow": "x ** 2"}
 METHODS = {
     **{f"__{name}__": row for name, row in ARITHMETIC.items()},
+    "to": "x.to(float64)",
     **{"__neg__": "minus x", "__abs__": "x.abs()", "__getitem__": "x[rows]"},
     **{name: f"x.{name}()" for name in ("exp", "log", "sqrt", "abs", "tanh", "sigmoid", "relu", "sum")},
     **{name: f"x.{name}(1)" for name in ("mean", "var", "max", "min")},

@@ -72,7 +72,7 @@ def bench_ops(names: Sequence[str] = (), repeats: int = 15) -> Iterator[Operatio
         arrays = [rng.normal(size=shape).astype(np.float32) for shape in case.shapes]
         arrays = [np.abs(array) + np.float32(0.5) for array in arrays] if case.positive else arrays
         value = case.ours(F, *map(Tensor, arrays), *case.constants).data
-        grad = np.asarray(rng.normal(size=value.shape), np.float32)
+        grad = np.asarray(rng.normal(size=value.shape), value.dtype)
         ours, theirs = [], []
         for layout in (_contiguous, _channels_last) if case.images else (_contiguous,):
             *inputs, seed = (layout(array) for array in (*arrays, grad))
@@ -360,6 +360,7 @@ def _tensor_cases() -> list[Case]:
         Case("x ** 2", [_LARGE], lambda f, x: x**2),
         Case("x @ y", [(512, 1024), _LARGE], lambda f, x, y: x @ y),
         Case("batches x @ y", [(64, 128, 64), (64, 64, 128)], lambda f, x, y: x @ y),
+        Case("x.to(float64)", [_LARGE], lambda f, x: x.to(np.float64), lambda f, x: x.double()),
         Case("x.exp()", [_LARGE], lambda f, x: x.exp()),
         Case("x.log()", [_LARGE], lambda f, x: x.log(), positive=True),
         Case("x.sqrt()", [_LARGE], lambda f, x: x.sqrt(), positive=True),

@@ -7,7 +7,6 @@ import sys
 import click
 
 from distprop.cli.start import RANKS, SIZES, Refusal, parse_widths, start
-from distprop.hosts.probe import free_memory
 
 
 @click.group()
@@ -166,6 +165,8 @@ def scaling(parts: tuple[str, ...], quick: bool, as_json: bool) -> None:
 
 
 def _megabytes(sizes: str) -> list[float]:
+    from distprop.hosts.probe import free_memory
+
     try:
         megabytes = [float(size) for size in sizes.split(",")]
     except ValueError:
