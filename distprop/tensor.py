@@ -6,6 +6,7 @@ The operations as coarse as a layer are in `distprop.functional`; the walk backw
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, Union
@@ -355,8 +356,15 @@ class Tensor:
     # --- shape
 
     def reshape(self, *shape: int | Sequence[int]) -> Tensor:
-        """The same values in another shape; one length may be -1."""
-        wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        """The same values in another shape; one length may be -1.
+
+        Of an empty batch it is what it is for a batch of one: `(0, 8, 8)` as `(0, -1)` is `(0, 64)` (PyTorch refuses).
+        """
+        wanted: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        if not self._data.size and 0 in wanted and list(wanted).count(-1) == 1:
+            filled, known = (math.prod(n for n in lengths if n > 0) for lengths in (self.shape, wanted))
+            if filled % known == 0:
+                wanted = [filled // known if n == -1 else n for n in wanted]
         return record(self.data.reshape(wanted), (self,), lambda grad, out: [grad.reshape(self.shape)])
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:

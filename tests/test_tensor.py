@@ -457,6 +457,18 @@ def test_a_dim_that_is_not_there():
         x.permute(0)
 
 
+@pytest.mark.parametrize("wanted", [(-1,), (-1, 16), (4, -1, 2), (-1, 8, 8)])
+def test_an_empty_batch_is_reshaped_as_a_batch_of_one(wanted):
+    x = tensor(np.zeros((0, 8, 8)), requires_grad=True)
+    y = x.reshape(len(x), *wanted)
+    assert y.shape == (0, *np.zeros((1, 8, 8)).reshape(1, *wanted).shape[1:])
+    y.sum().backward()
+    assert x.grad.shape == (0, 8, 8)
+    for impossible in ((0, 5, -1), (0, -1, -1)):
+        with pytest.raises(ValueError, match=r"reshape|only specify one"):
+            x.reshape(impossible)
+
+
 def test_mean_and_var_over_nothing_are_zero_with_zero_gradients():
     for method in ("mean", "var"):
         x = Tensor(np.ones((0, 3)), requires_grad=True)
