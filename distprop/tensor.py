@@ -388,7 +388,7 @@ class Tensor:
     def permute(self, *dims: int | Sequence[int]) -> Tensor:
         """The axes in the order `dims`."""
         wanted: Any = dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
-        order = self._axes(wanted, None)
+        order = self._axes(wanted, None) if wanted else ()
         inverse = np.argsort(order)
         return record(self.data.transpose(order), (self,), lambda grad, out: [grad.transpose(inverse)])
 
@@ -498,11 +498,11 @@ class Tensor:
         return np.asarray(compare(self._data, other._data if isinstance(other, Tensor) else other))
 
     def _axes(self, dim: Dim, axis: Dim) -> tuple[int, ...]:
-        """The axes to reduce, none of them negative."""
+        """The axes to reduce, none of them negative; all if none are named, also by (), as in PyTorch."""
         chosen = dim if dim is not None else axis
-        if chosen is None:
+        axes = () if chosen is None else tuple(chosen) if isinstance(chosen, Sequence) else (chosen,)
+        if not axes:
             return tuple(range(self.ndim))
-        axes = tuple(chosen) if isinstance(chosen, Sequence) else (chosen,)
         for a in axes:
             if not -self.ndim <= a < self.ndim:
                 raise IndexError(f"dim {a} is out of range for a tensor of shape {self.shape}")

@@ -469,6 +469,18 @@ def test_an_empty_batch_is_reshaped_as_a_batch_of_one(wanted):
             x.reshape(impossible)
 
 
+@pytest.mark.parametrize("dim", [(), []], ids=str)
+def test_no_axes_are_all_axes_as_in_pytorch(dim, torch):
+    values = np.arange(6.0).reshape(2, 3)
+    for name, theirs in (("sum", "sum"), ("mean", "mean"), ("var", "var"), ("max", "amax"), ("min", "amin")):
+        for keep in (False, True):
+            ours = getattr(tensor(values), name)(dim, keepdim=keep).data
+            expected = getattr(torch.tensor(values), theirs)(dim, keepdim=keep).numpy()
+            np.testing.assert_allclose(ours, expected, rtol=1e-15, strict=True)
+    with pytest.raises(ValueError, match="axes"):
+        tensor(values).permute()
+
+
 def test_mean_and_var_over_nothing_are_zero_with_zero_gradients():
     for method in ("mean", "var"):
         x = Tensor(np.ones((0, 3)), requires_grad=True)
