@@ -539,6 +539,16 @@ def test_a_target_of_integers_or_float64_takes_the_dtype_of_the_prediction():
 # the rest: kinks, extremes and messages
 
 
+def test_leaky_relu_without_a_slope_lets_infinity_through(torch):
+    values = np.array([np.inf, np.nan, 2.0, 0.0, -3.0])
+    ours, theirs = Tensor(values, requires_grad=True), torch.tensor(values, requires_grad=True)
+    value, expected = F.leaky_relu(ours, 0.0), torch.nn.functional.leaky_relu(theirs, 0.0)
+    np.testing.assert_array_equal(value.data, expected.detach().numpy())
+    value.sum().backward()
+    expected.sum().backward()
+    np.testing.assert_array_equal(ours.grad, theirs.grad.numpy())
+
+
 def test_derivatives_at_the_kinks_are_pytorchs(torch):
     zero = np.array([0.0, -0.0])
     for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus"):

@@ -31,6 +31,8 @@ def relu(input: Operand) -> Tensor:
 
 def leaky_relu(input: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, else a·x, with a = `negative_slope`. Derivative: 1 or a."""
+    if negative_slope == 0:
+        return relu(input)  # 0 · ∞ would be nan
 
     def value(x: Array, out: Array) -> None:
         np.multiply(x, negative_slope, out=out)
