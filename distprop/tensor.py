@@ -676,7 +676,8 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
             dx = np.asarray(sum_to(g @ np.swapaxes(b, -1, -2), a.shape), x.dtype).reshape(x.shape)
         if y.requires_grad:
             if b.ndim == 2 and a.ndim > 2:  # one large product instead of a stack of products and their sum
-                a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+                rows = math.prod(a.shape[:-1])  # -1 cannot be told of an array without columns
+                a, g = a.reshape(rows, a.shape[-1]), g.reshape(rows, g.shape[-1])
             dy = np.asarray(sum_to(np.swapaxes(a, -1, -2) @ g, b.shape), y.dtype).reshape(y.shape)
         return [dx, dy]
 

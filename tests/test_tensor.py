@@ -481,6 +481,17 @@ def test_no_axes_are_all_axes_as_in_pytorch(dim, torch):
         tensor(values).permute()
 
 
+@pytest.mark.parametrize("shapes", [((2, 1, 0), (0, 2)), ((2, 3, 4), (4, 0)), ((0, 3, 4), (4, 2))], ids=str)
+def test_products_with_empty_matrices_have_pytorchs_gradients(shapes, torch):
+    grads = []
+    for library, options in ((dp, {}), (torch, {"dtype": torch.float64})):
+        x, y = (library.tensor(np.ones(shape), requires_grad=True, **options) for shape in shapes)
+        (x @ y).sum().backward()
+        grads.append([np.asarray(x.grad), np.asarray(y.grad)])
+    for ours, theirs in zip(*grads, strict=True):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
 def test_mean_and_var_over_nothing_are_zero_with_zero_gradients():
     for method in ("mean", "var"):
         x = Tensor(np.ones((0, 3)), requires_grad=True)
