@@ -240,6 +240,18 @@ def test_an_empty_batch_leaves_the_estimates_untouched():
     np.testing.assert_array_equal(layer.weight.grad, np.zeros(3))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_images_without_pixels_pass_through_as_in_pytorch(training, torch):
+    ours, theirs = nn.BatchNorm2d(3).train(training), torch.nn.BatchNorm2d(3).train(training)
+    x = Tensor(np.empty((2, 3, 0, 4), np.float32), requires_grad=True)
+    ours(x).sum().backward()
+    theirs(torch.empty(x.shape)).sum().backward()
+    assert x.grad.shape == x.shape
+    np.testing.assert_array_equal(ours.weight.grad, theirs.weight.grad.numpy(), strict=True)
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_array_equal(ours.state_dict()[name], value.numpy())
+
+
 def test_a_mean_far_from_zero_costs_no_digits_of_the_variance():
     """The shift is the mean of the first block; here it is far from that of the others, too."""
     x = np.random.default_rng(0).normal(size=(40_000, 3)) + 3000

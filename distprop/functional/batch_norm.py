@@ -121,7 +121,7 @@ class _Channels:
     def rows(self, array: Array) -> Array:
         if self.last:
             return np.ascontiguousarray(np.moveaxis(array, 1, -1)).reshape(-1, self.number)
-        return np.ascontiguousarray(array).reshape(-1, self.number, self.pixels)
+        return np.ascontiguousarray(array).reshape(self.shape[0], self.number, self.pixels)
 
     def restore(self, rows: Array) -> Array:
         """The inverse of `rows`."""
@@ -158,7 +158,7 @@ class _Channels:
         for block in self.blocks(rows):
             x = rows[block]
             if block.start == 0:
-                shift = self.sum(x) / self.dtype.type(len(x) * count // len(rows))
+                shift = self.sum(x) / self.dtype.type(max(len(x) * count // len(rows), 1))
                 pattern = self.pattern(shift)
             deviation = np.subtract(x, pattern[: len(x)], out=spare[: len(x)])
             first += self.sum(deviation)
