@@ -527,6 +527,14 @@ def test_a_target_that_wants_a_gradient_is_refused_because_it_would_get_none(los
         loss(np.zeros((3, 2)), Tensor(np.full((3, 2), 0.5), requires_grad=True))
 
 
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_that_do_not_fit_the_predictions_are_named(name):
+    x = np.zeros((2, 3))
+    for shape in ((4,), (2,), (5, 2, 3)):
+        with pytest.raises(ValueError, match=rf"^{name} of shape {re.escape(str(shape))} .* predictions of \(2, 3\)"):
+            F.binary_cross_entropy_with_logits(x, x, **{name: np.ones(shape)})
+
+
 def test_a_target_of_integers_or_float64_takes_the_dtype_of_the_prediction():
     for target in (np.array([1, 2]), np.array([1.0, 2.0])):
         loss = F.mse_loss(np.zeros(2, np.float32), target)

@@ -154,12 +154,15 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """−w [p_w y log σ(x) + (1 − y) log(1 − σ(x))], computed from log(1 + e^−x) so that it neither over- nor underflows.
 
+    Shapes: x and y have the same; w = `weight` and p_w = `pos_weight` broadcast to it.
     Derivative: w [(1 − y) σ(x) − p_w y (1 − σ(x))], which is σ(x) − y without weights.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
     x, labels = _pair("binary_cross_entropy_with_logits", input, target)
     y = _constant("binary_cross_entropy_with_logits", labels).astype(x.dtype, copy=False)
-    w = np.asarray(1 if weight is None else as_tensor(weight).data, x.dtype)
-    positive = y * np.asarray(1 if pos_weight is None else as_tensor(pos_weight).data, x.dtype)
+    w, positive = _weights("weight", weight, x), y * _weights("pos_weight", pos_weight, x)
     inputs = [_whole(array, x.shape) for array in (x.data, y, positive, w)]
     losses = np.empty(x.shape, x.dtype)
 
@@ -237,6 +240,18 @@ def _check_labels(operation: str, x: Tensor, labels: Array, ignore_index: int) -
 def _whole(array: Array, shape: tuple[int, ...]) -> Array:
     """`array` broadcast to `shape` and C-contiguous; a single number as it is."""
     return np.ascontiguousarray(np.broadcast_to(array, shape)) if array.ndim else array
+
+
+def _weights(name: str, given: Operand | None, x: Tensor) -> Array:
+    """One weight for all predictions x, or an array that broadcasts to them."""
+    if given is None:
+        return np.asarray(1, x.dtype)
+    weights = as_tensor(given).data.astype(x.dtype, copy=False)
+    try:
+        np.broadcast_to(weights, x.shape)
+    except ValueError:
+        raise ValueError(f"{name} of shape {weights.shape} does not broadcast to predictions of {x.shape}") from None
+    return weights
 
 
 def _class_weights(weight: Operand, classes: int, dtype: np.dtype[np.floating]) -> Array:
