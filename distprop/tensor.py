@@ -381,8 +381,11 @@ class Tensor:
         if len(dims) not in (0, 2):
             raise TypeError(f"transpose() takes two axes or none, got {dims}; permute() takes them all")
         order = list(range(self.ndim))
-        if dims:
-            order[dims[0]], order[dims[1]] = order[dims[1]], order[dims[0]]
+        try:
+            if dims:
+                order[dims[0]], order[dims[1]] = order[dims[1]], order[dims[0]]
+        except IndexError:
+            raise IndexError(f"transpose() got axes {dims} for a tensor of shape {self.shape}") from None
         return self.permute(*(order if dims else order[::-1]))
 
     def permute(self, *dims: int | Sequence[int]) -> Tensor:

@@ -453,6 +453,8 @@ def test_a_dim_that_is_not_there():
         x.flatten(1, 0)
     with pytest.raises(TypeError, match="takes two axes or none"):
         x.transpose(0)
+    with pytest.raises(IndexError, match=r"transpose\(\) got axes \(0, 5\) for a tensor of shape \(2, 3\)"):
+        x.transpose(0, 5)
     with pytest.raises(ValueError, match="axes don't match"):
         x.permute(0)
 
