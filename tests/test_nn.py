@@ -519,6 +519,9 @@ def test_linear_says_what_it_got():
         layer(np.zeros((32, 783), np.float32))
     with pytest.raises(ValueError, match=r"got x of shape \(\)"):
         layer(np.float32(1))
+    for features in ("a", 2.5, None):
+        with pytest.raises(TypeError, match=f"Linear: in_features must be an integer, got {features!r}"):
+            nn.Linear(features, 3)
     with pytest.raises(TypeError, match="x float64, weight float32"):
         layer(np.zeros((32, 784)))
     for wrong in ((0, 3), (3, 0)):

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from distprop import functional as F
 from distprop.functional.activation import check_approximation
+from distprop.functional.check import integer
 from distprop.nn import init
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
@@ -27,6 +28,7 @@ class Linear(Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, dtype: DTypeLike = np.float32
     ) -> None:
+        integer("Linear", in_features=in_features, out_features=out_features)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear needs at least one feature on each side, got ({in_features}, {out_features})")
         self.in_features, self.out_features = in_features, out_features
