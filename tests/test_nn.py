@@ -305,6 +305,14 @@ def test_conversion_reaches_parameters_and_floating_buffers():
     assert net.to(np.float16).offset.dtype == np.float16
 
 
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.complex64, "cpu", "cuda:0"])
+def test_conversion_is_to_floating_point_only(dtype):
+    net = Net()
+    with pytest.raises(TypeError, match=r"to\(\) takes a floating-point dtype .*, got .*; all is on the CPU"):
+        net.to(dtype)
+    assert {p.dtype for p in net.parameters()} == {np.dtype(np.float32)}
+
+
 def test_zero_grad_and_requires_grad():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     x = np.ones((1, 2), np.float32)

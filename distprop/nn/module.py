@@ -188,7 +188,17 @@ class Module:
         return self
 
     def to(self, dtype: DTypeLike) -> Self:
-        """Convert parameters and floating-point buffers to another dtype; gradients are dropped."""
+        """Convert parameters and floating-point buffers to another dtype; gradients are dropped.
+
+        Raises:
+            TypeError: it is no floating-point dtype.
+        """
+        try:
+            floating = np.dtype(dtype).kind == "f"
+        except TypeError:  # a device, for example
+            floating = False
+        if not floating:
+            raise TypeError(f"to() takes a floating-point dtype such as np.float64, got {dtype!r}; all is on the CPU")
         for parameter in self.parameters():
             parameter.data = parameter.data.astype(dtype)
         for module in self.modules():
