@@ -16,10 +16,10 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
 from contextvars import ContextVar
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from distprop.sums import sum_over
 if TYPE_CHECKING:
     from distprop.tensor import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Array: TypeAlias = NDArray[Any]
 Out: TypeAlias = Sequence[Array | None]
 VectorJacobianProduct: TypeAlias = Callable[[Array, Out], Sequence[Array | None]]
@@ -215,9 +217,21 @@ def _holders_of_a_new_view() -> tuple[int, int, bool]:
     return _holders(gradient)
 
 
+@overload
+def no_grad() -> _GeneratorContextManager[None]: ...
+
+
+@overload
+def no_grad(function: Callable[P, R]) -> Callable[P, R]: ...
+
+
+def no_grad(function: Callable[P, R] | None = None) -> _GeneratorContextManager[None] | Callable[P, R]:
+    """Inside, operations are not recorded: no graph, no memory for it. Also a decorator, `@no_grad` or `@no_grad()`."""
+    return _no_grad() if function is None else _no_grad()(function)
+
+
 @contextmanager
-def no_grad() -> Iterator[None]:
-    """Inside, operations are not recorded: no graph, no memory for it. Also works as a decorator."""
+def _no_grad() -> Iterator[None]:
     token = _recording.set(False)
     try:
         yield

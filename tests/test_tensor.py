@@ -665,13 +665,14 @@ def test_no_grad_records_nothing():
     assert (x * 2).requires_grad
 
 
-def test_no_grad_ends_with_an_error_too_and_decorates():
+@pytest.mark.parametrize("decorate", [dp.no_grad, dp.no_grad()], ids=["no_grad", "no_grad()"])
+def test_no_grad_ends_with_an_error_too_and_decorates(decorate):
     x = tensor([1.0], requires_grad=True)
     with pytest.raises(KeyError), dp.no_grad():
         raise KeyError
     assert (x * 2).requires_grad
 
-    @dp.no_grad()
+    @decorate
     def double(t):
         return t * 2
 
