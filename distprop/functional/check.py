@@ -37,6 +37,13 @@ def integer(operation: str, **numbers: int) -> None:
             raise TypeError(f"{operation}: {name} must be an integer, got {number!r}") from None
 
 
+def real(operation: str, **numbers: float) -> None:
+    """Raise TypeError unless all of them are numbers."""
+    for name, number in numbers.items():
+        if not isinstance(number, int | float | np.number):
+            raise TypeError(f"{operation}: {name} must be a number, got {number!r}")
+
+
 def affine_inputs(
     operation: str, input: Operand, weight: Operand | None, bias: Operand | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from distprop import functional as F
 from distprop.comm import Communicator, world
+from distprop.functional.check import real
 from distprop.functional.norm import lengths
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
@@ -38,6 +39,7 @@ class _BatchNorm(Module):
     ) -> None:
         if num_features < 1:
             raise ValueError(f"{type(self).__name__} needs at least one channel, got {num_features}")
+        real(type(self).__name__, eps=eps, momentum=0.0 if momentum is None else momentum)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.weight = Parameter(np.ones(num_features, dtype)) if affine else None
@@ -188,6 +190,7 @@ class LayerNorm(Module):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        real("LayerNorm", eps=eps)
         self.normalized_shape = _shape("LayerNorm", normalized_shape)
         self.eps, self.elementwise_affine = eps, elementwise_affine
         self.weight = Parameter(np.ones(self.normalized_shape, dtype)) if elementwise_affine else None
@@ -213,6 +216,7 @@ class RMSNorm(Module):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        real("RMSNorm", eps=0.0 if eps is None else eps)
         self.normalized_shape = _shape("RMSNorm", normalized_shape)
         self.eps, self.elementwise_affine = eps, elementwise_affine
         self.weight = Parameter(np.ones(self.normalized_shape, dtype)) if elementwise_affine else None
@@ -241,6 +245,7 @@ class GroupNorm(Module):
     ) -> None:
         if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNorm needs groups that divide the channels, got ({num_groups}, {num_channels})")
+        real("GroupNorm", eps=eps)
         self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
         self.weight = Parameter(np.ones(num_channels, dtype)) if affine else None
         self.bias = Parameter(np.zeros(num_channels, dtype)) if affine and bias else None
