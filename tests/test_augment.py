@@ -218,6 +218,15 @@ def test_what_comes_behind_the_images_stays_and_any_index_works():
     assert len(dataset) == 13
 
 
+def test_an_integer_gives_one_example_and_a_loop_all_of_them():
+    dataset = augmented()
+    x, y = dataset[np.arange(len(dataset))]
+    for number, (image, label) in enumerate(dataset):
+        np.testing.assert_array_equal(image, x[number], strict=True)
+        assert label == y[number]
+    assert number == len(dataset) - 1
+
+
 def test_a_transform_of_ones_own_needs_two_names():
     class Darker:
         draws = 1

@@ -72,6 +72,19 @@ def test_windows_are_int64_and_consecutive_whatever_the_tokens_are(kind, dtype):
     assert x.shape == y.shape == (0, 6)
 
 
+@pytest.mark.parametrize("kind", [TextWindows, RandomWindows])
+def test_an_integer_gives_one_window_and_a_loop_all_of_them(kind):
+    windows = kind(np.arange(50) % 7, 8)
+    x, y = windows[np.arange(len(windows))]
+    for number, examples in enumerate(windows):
+        np.testing.assert_array_equal(examples, (x[number], y[number]), strict=True)
+        np.testing.assert_array_equal(windows[np.int64(number)], examples, strict=True)
+    assert number == len(windows) - 1
+    np.testing.assert_array_equal(windows[-1], (x[-1], y[-1]), strict=True)
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
 def test_windows_read_a_memory_map(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
     ids = np.memmap(tmp_path / "train.bin", np.uint16)

@@ -53,7 +53,9 @@ class Augmented:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+    def __getitem__(self, indices: NDArray[np.int64] | int) -> tuple[NDArray[Any], ...]:
+        if isinstance(indices, int | np.integer):  # one example; a transform takes many
+            return tuple(array[0] for array in self[np.array([indices])])
         images, *rest = self.dataset[indices]
         for transform, table in zip(self.transforms, self._tables, strict=True):
             images = transform(images, table[indices])

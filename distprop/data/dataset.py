@@ -90,7 +90,7 @@ class ArrayDataset:
     def __len__(self) -> int:
         return len(self.arrays[0])
 
-    def __getitem__(self, indices: NDArray[np.int64] | slice) -> tuple[NDArray[Any], ...]:
+    def __getitem__(self, indices: NDArray[np.int64] | slice | int) -> tuple[NDArray[Any], ...]:
         """Those rows of every array: views for a slice, copies for an index array. IndexError if out of range."""
         return tuple(array[indices] for array in self.arrays)
 

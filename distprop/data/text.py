@@ -62,7 +62,8 @@ class TextWindows:
 
     Window i begins at token i · stride; y is x one token further on. By default stride = `block_size`, which makes
     every token the target of exactly one window (but the very first, and up to `block_size` at the end). Windows are
-    cut out when they are asked for; `ids` may be a memory map.
+    cut out when they are asked for; `ids` may be a memory map. An integer in place of an index array gives one window,
+    x and y `(block_size,)`.
 
     >>> x, y = TextWindows(np.arange(10), block_size=4)[np.array([0, 1])]
     >>> x.tolist(), y.tolist()
@@ -78,7 +79,7 @@ class TextWindows:
     def __len__(self) -> int:
         return (len(self.ids) - 1 - self.block_size) // self.stride + 1
 
-    def __getitem__(self, indices: NDArray[np.int64] | slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __getitem__(self, indices: NDArray[np.int64] | slice | int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return _windows(self.ids, np.arange(len(self))[indices] * self.stride, self.block_size)
 
 
@@ -106,7 +107,7 @@ class RandomWindows:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, indices: NDArray[np.int64] | slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __getitem__(self, indices: NDArray[np.int64] | slice | int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return _windows(self.ids, self._starts[indices], self.block_size)
 
     @cached_property
@@ -118,8 +119,8 @@ class RandomWindows:
 def _windows(
     ids: NDArray[Any], starts: NDArray[np.int64], block_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    tokens = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64, copy=False)
-    return tokens[:, :-1], tokens[:, 1:]
+    tokens = ids[starts[..., None] + np.arange(block_size + 1)].astype(np.int64, copy=False)
+    return tokens[..., :-1], tokens[..., 1:]
 
 
 def _checked(name: str, ids: ArrayLike, block_size: int) -> NDArray[Any]:
