@@ -143,6 +143,21 @@ def test_arguments_out_of_range_are_refused_at_once(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomCrop(2.5), "RandomCrop: size must be an integer, got 2.5"),
+        (lambda: RandomCrop(6, "a"), "RandomCrop: padding must be an integer, got 'a'"),
+        (lambda: RandomShift(1.5), "RandomShift: pixels must be an integer, got 1.5"),
+        (lambda: RandomHorizontalFlip("a"), "RandomHorizontalFlip: p must be a number, got 'a'"),
+        (lambda: RandomRotation("a"), "RandomRotation: degrees must be a number, got 'a'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_a_rotation_of_integers_is_refused():
     with pytest.raises(TypeError, match="dtype uint8; means of pixels need floating point"):
         RandomRotation(10)(np.zeros((1, 1, 4, 4), np.uint8), numbers(1, 1))

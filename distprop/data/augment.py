@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distprop.data.dataset import Dataset, at_epoch
+from distprop.functional.check import integer, real
 from distprop.random import Stream, generator
 
 
@@ -82,6 +83,7 @@ class RandomCrop:
     draws = 2
 
     def __post_init__(self) -> None:
+        integer("RandomCrop", size=self.size, padding=self.padding)
         if self.size < 1 or self.padding < 0:
             raise ValueError(f"{self}: the size must be 1 or more, and the padding 0 or more")
 
@@ -103,6 +105,7 @@ class RandomShift:
     draws = 2
 
     def __post_init__(self) -> None:
+        integer("RandomShift", pixels=self.pixels)
         if self.pixels < 0:
             raise ValueError(f"{self}: the number of pixels must be 0 or more")
 
@@ -121,6 +124,7 @@ class RandomHorizontalFlip:
     draws = 1
 
     def __post_init__(self) -> None:
+        real("RandomHorizontalFlip", p=self.p)
         if not 0 <= self.p <= 1:
             raise ValueError(f"{self}: the probability must be between 0 and 1")
 
@@ -139,6 +143,9 @@ class RandomRotation:
 
     degrees: float
     draws = 1
+
+    def __post_init__(self) -> None:
+        real("RandomRotation", degrees=self.degrees)
 
     def __call__(self, images: NDArray[Any], numbers: NDArray[np.float64]) -> NDArray[Any]:
         """Images of the same shape, floating point."""
