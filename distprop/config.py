@@ -70,7 +70,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     loss: Literal["cross_entropy", "mse_loss", "l1_loss", "huber_loss"] = "cross_entropy"
     epochs: Count = 10
     batch_size: Count = 128  # of the global batch
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     accumulate: Count = 1
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
     prefetch: Annotated[int, msgspec.Meta(ge=0)] = 0  # batches loaded ahead in a background thread
@@ -78,7 +78,7 @@ class Train(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
     shards: Count = 8
     wire: Literal["bf16", "fp16"] | None = None  # 16 bits between nodes; float32 by default
     sharded_update: bool = False  # one copy of the parameters a node, each rank updates its slice
-    run_dir: str | None = None  # runs/<name of the file> by default
+    run_dir: Annotated[str, msgspec.Meta(min_length=1)] | None = None  # runs/<name of the file> by default
     checkpoint_every: Count | None = None  # steps
     health: bool | Annotated[int, msgspec.Meta(ge=0)] = True  # steps between looks at gradients and units; true is 50
     fingerprint: bool | None = None  # a hash of every parameter after every step; by default if deterministic

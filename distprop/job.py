@@ -21,6 +21,7 @@ from distprop.metrics import EpochResult
 from distprop.optim import schedule
 from distprop.random import manual_seed
 from distprop.stopping import resume_forced
+from distprop.tape import Array
 from distprop.train import Trainer
 
 T = TypeVar("T")
@@ -54,8 +55,8 @@ def train_from_config(
     comm = comm if comm is not None else world()
     resume = resume or resume_forced()
     task = _together(comm, lambda: prepare(config))
-    run_dir = _prepare_run_dir(config, default_run_dir, resume, comm)
-    trainer = task.trainer(
+    run_dir = _agree_on_run_dir(config, default_run_dir, resume, comm)
+    trainer = task.trainer(  # of what it refuses nothing shall remain
         comm=comm,
         run_dir=run_dir,
         checkpoint_every=config.train.checkpoint_every,
@@ -63,6 +64,7 @@ def train_from_config(
         resume=resume,
         profile=profile,
     )
+    _together(comm, lambda: _save(config, run_dir) if comm.rank == 0 else None)
     results = trainer.fit(task.train_set, epochs=config.train.epochs, validation=task.test_set)
     if comm.rank == 0:
         reached = results[-1].validation if results else {}
@@ -108,22 +110,47 @@ def prepare(config: Config) -> Task:
     Raises:
         ConfigError: the configuration does not fit the data.
     """
+    if config.train.wire and config.train.deterministic:
+        raise ConfigError("train.wire: what is rounded depends on the number of ranks; not with train.deterministic")
     train_set, test_set = load_data(config.data)
     if test_set is not None and test_set.x.shape[1:] != train_set.x.shape[1:]:
         raise ConfigError(
             f"data.test: its examples are of shape {test_set.x.shape[1:]}, those of data.train {train_set.x.shape[1:]}"
         )
+    if config.train.loss != "cross_entropy":
+        train_set = _with_columns(train_set)
+        test_set = _with_columns(test_set) if test_set is not None else None
     manual_seed(config.train.seed)
-    regression = config.train.loss != "cross_entropy"
-    if regression and train_set.y.dtype.kind != "f":
-        raise ConfigError(f"train.loss: {config.train.loss} needs floating-point targets, not {train_set.y.dtype}")
-    if not regression and train_set.y.dtype.kind not in "iu":
-        raise ConfigError(f"train.loss: cross_entropy needs integer labels, not {train_set.y.dtype}")
-    outputs = int(np.prod(train_set.y.shape[1:])) if regression else int(train_set.y.max()) + 1
+    outputs = _count_outputs(config.train.loss, train_set.y, test_set.y if test_set is not None else train_set.y)
     model = build_model(config.model, train_set.x[:1].size, outputs)
     steps_per_epoch = -(-len(train_set) // config.train.batch_size)
     optimizer = build_optimizer(config.optim, model, config.train.epochs * steps_per_epoch)
     return Task(config, train_set, test_set, model, optimizer)
+
+
+def _with_columns(examples: ArrayDataset) -> ArrayDataset:
+    """The same with targets `(examples, 1)` where they are `(examples,)`, since the model's output has two axes."""
+    x, y = examples.arrays
+    return ArrayDataset(x, y[:, None]) if y.ndim == 1 else examples
+
+
+def _count_outputs(loss: str, train: Array, test: Array) -> int:
+    """How many numbers the network gives for an example; targets that `loss` cannot take are refused."""
+    labels = loss == "cross_entropy"
+    kinds, what = ("iu", "integer labels") if labels else ("f", "floating-point targets")
+    for y in (train, test):
+        if y.dtype.kind not in kinds:
+            raise ConfigError(f"train.loss: {loss} needs {what}, not {y.dtype}")
+    outputs = int(train.max()) + 1 if labels else int(np.prod(train.shape[1:]))
+    for key, y in (("data.train", train), ("data.test", test)):
+        shape = (len(y),) if labels else (len(y), outputs)
+        if y.shape != shape:
+            raise ConfigError(f"{key}: {loss} needs {what} of shape {shape}, got {y.shape}")
+        if labels and not 0 <= y.min() <= y.max() < outputs:
+            raise ConfigError(
+                f"{key}: its labels go from {y.min()} to {y.max()}; they are 0 or more, and data.train has the largest"
+            )
+    return outputs
 
 
 def load_data(data: Data) -> tuple[ArrayDataset, ArrayDataset | None]:
@@ -150,6 +177,8 @@ def build_model(model: Model, inputs: int, outputs: int) -> nn.Sequential:
 
 def build_optimizer(config: Optim, model: nn.Module, steps: int) -> optim.Optimizer:
     """The optimizer with its schedule over `steps`."""
+    if config.name == "sgd" and config.nesterov and not config.momentum:
+        raise ConfigError("optim.nesterov: it needs optim.momentum, which is 0")
     lr: optim.Schedule | float = config.lr
     if config.schedule == "cosine":
         lr = schedule.cosine(config.lr, max(1, steps - config.warmup_steps))
@@ -179,11 +208,13 @@ def _load_npz(path: Path) -> ArrayDataset:
         raise ConfigError(f"{path} is not a .npz file with arrays x and y: {error}") from error
     if not len(dataset):
         raise ConfigError(f"{path} has no examples")
+    if x.ndim < 2:
+        raise ConfigError(f"{path}: x is of shape {x.shape}; expected (examples, features) or more axes")
     return dataset
 
 
-def _prepare_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
-    """A folder of this run alone, with the resolved configuration in it; rank 0 chooses it."""
+def _agree_on_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
+    """A folder of this run alone; rank 0 chooses it."""
     chosen = _together(comm, lambda: _choose_run_dir(config, default, resume) if comm.rank == 0 else default)
     return Path(allgather_json(comm, str(chosen))[0])
 
@@ -214,12 +245,18 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> Path:
     if config.train.run_dir is None and run_dir.exists():
         taken = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
         run_dir = next(path for path in taken if not path.exists())
+    return run_dir
+
+
+def _save(config: Config, run_dir: Path) -> None:
+    """Write the resolved configuration into the folder of the run, unless it is there."""
+    saved = run_dir / "config.toml"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.toml")
+        if not saved.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, saved)
     except OSError as error:
         raise ConfigError(f"train.run_dir: cannot write to {run_dir}: {error.strerror}") from error
-    return run_dir
 
 
 def _differences(saved: Config, wanted: Config) -> str:

@@ -1,6 +1,7 @@
 """The configuration of `distprop train`: read, checked, changed from the command line, saved, and run."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from distprop import job
 from distprop.cli import main
 from distprop.comm import Communicator, run_threads
-from distprop.config import Config, ConfigError, Data, load_config, save_config
+from distprop.config import Config, ConfigError, Data, Train, load_config, save_config
 from distprop.job import build_model, build_optimizer, prepare, train_from_config
 
 
@@ -228,6 +230,65 @@ def test_a_file_that_holds_no_examples_is_named(
     assert "bad.npz" in answer.output
     assert message in answer.output
     assert not (tmp_path / "runs").exists()
+
+
+X = np.ones((4, 3))
+NPZ = {
+    "labels from -1": ((X, np.arange(4) - 1), "data.train: its labels go from -1 to 2"),
+    "labels in a column": ((X, np.zeros((4, 1), int)), "data.train: cross_entropy needs integer labels of shape (4,)"),
+    "words": ((X, np.array(list("abcd"))), "train.loss: cross_entropy needs integer labels, not <U1"),
+    "one axis": ((np.ones(4), np.arange(4)), "train.npz: x is of shape (4,); expected (examples, features)"),
+    "more classes": ((X, np.arange(4), X, np.arange(4) + 1), "data.test: its labels go from 1 to 4"),
+    "other labels": ((X, np.arange(4), X, np.zeros((4, 1), int)), "data.test: cross_entropy needs integer labels"),
+}
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_targets_that_the_loss_cannot_take_are_refused(name: str, tmp_path: Path) -> None:
+    arrays, message = NPZ[name]
+    for number, key in enumerate(("train", "test")[: len(arrays) // 2]):
+        np.savez(tmp_path / key, x=arrays[2 * number], y=arrays[2 * number + 1])
+    test = str(tmp_path / "test.npz") if len(arrays) == 4 else None
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare(Config(data=Data(name="npz", train=str(tmp_path / "train.npz"), test=test)))
+
+
+def test_one_target_an_example_may_be_without_a_column(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train", x=X, y=X.sum(axis=1))
+    path = str(tmp_path / "train.npz")
+    config = Config(data=Data(name="npz", train=path, test=path), train=Train(loss="mse_loss", epochs=1))
+    assert np.isfinite(train_from_config(config, tmp_path / "run")[-1].validation["loss"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.wire=bf16", "train.deterministic=true"], "train.wire: "),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov: it needs optim.momentum, which is 0"),
+        (["train.seed=99999999999999999999"], "train.seed: expected `int` <= "),
+        (["train.run_dir="], "train.run_dir: expected `str` of length >= 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: list[str], message: str, toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(main, ["train", str(toml), *(word for s in settings for word in ("--set", s))])
+    assert answer.exit_code == 2, answer.exception
+    assert message in answer.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_fails_leaves_nothing_that_refuses_the_next(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*parts: object, **options: object) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(job, "Trainer", refuse)
+    with pytest.raises(ValueError, match="no such thing"):
+        train_from_config(load_config(toml), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_examples_of_another_shape_for_validation_are_refused(tmp_path: Path) -> None:
