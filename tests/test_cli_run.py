@@ -98,6 +98,16 @@ def test_a_mistake_in_the_run_folder_is_one_message_of_a_job_too(tmp_path: Path)
     assert "MPI_ABORT" not in done.stderr
 
 
+@pytest.mark.parametrize("launched", [{"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}], ids=str)
+def test_ranks_that_mpirun_has_started_do_not_start_ranks(launched: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[train]\nepochs = 1\n")
+    folder = f"train.run_dir={tmp_path / 'run'}"
+    done = distprop("train", "-n", "2", str(tmp_path / "a.toml"), "--set", folder, **launched)
+    assert done.returncode == 2
+    assert "mpirun has started this command 2 times" in done.stderr.replace("mpiexec", "mpirun")
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_loads_neither_mpi_nor_the_launcher() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from distprop.cli import main\n"

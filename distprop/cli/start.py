@@ -126,6 +126,7 @@ def start(
 ) -> None:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop import slurm
+    from distprop.comm import started_by
     from distprop.comm.mpi import MPIMissingError
     from distprop.hosts import Host, HostsError, alive
     from distprop.launch import Job, plan
@@ -147,6 +148,12 @@ def start(
         raise Refusal(
             f"srun has started this command {copies} times, and each of them would start all ranks; leave srun out: in "
             "a Slurm job distprop starts the ranks by itself"
+        )
+    launcher, started = started_by()
+    if launcher != "srun" and started > 1:  # each of them says so: the first that leaves may end the others
+        raise Refusal(
+            f"{launcher} has started this command {started} times, and each of them would start all ranks; leave "
+            "it out, or the -n and --hosts of distprop"
         )
     with refusing(LaunchError, HostsError, MPIMissingError):
         hosts = where.read()
