@@ -108,7 +108,9 @@ def stop_message(reasons: Sequence[str], step: int, newest: int | None, run_dir:
         older = f"the newest is that of step {newest}" if newest is not None else "older ones are untouched"
         saved = f"its checkpoint could not be written to {run_dir}; {older}"
     else:
-        saved = f"its checkpoint is in {run_dir}; resume=True goes on from there, or distprop train --resume"
+        config = run_dir / "config.toml"
+        how = f"distprop train {config} --resume" if config.exists() else "resume=True"
+        saved = f"its checkpoint is in {run_dir}; {how} goes on from there"
     return f"{why}: stopped after step {step}; {saved}"
 
 

@@ -57,6 +57,13 @@ def test_a_signal_stops_after_a_step_with_a_checkpoint(
     assert_resumes_to_the_same_bits(tmp_path / "run", tmp_path)
 
 
+def test_how_to_go_on_names_the_folder_of_a_run_of_distprop_train(tmp_path: Path) -> None:
+    assert stopping.stop_message(["SIGTERM"], 3, 3, tmp_path).endswith("; resume=True goes on from there")
+    (tmp_path / "config.toml").touch()
+    command = f"distprop train {tmp_path / 'config.toml'} --resume"
+    assert stopping.stop_message(["SIGTERM"], 3, 3, tmp_path).endswith(f"; {command} goes on from there")
+
+
 @pytest.mark.parametrize("options", [{"deterministic": False}, {"shards": 4}, {"shards": 1}, {"shards": 2}], ids=str)
 @pytest.mark.parametrize("asked", [0, 1, 2])
 def test_one_rank_is_asked_and_all_stop_at_the_same_step(
