@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -162,7 +163,13 @@ def answer(question: Question, measured: Measured | None) -> Answer:
     origin = "given" if question.network else "assumed: say --network RATE,LATENCY" if network else "measured"
     notes.append(f"between hosts: {describe(between)} ({origin})")
     cluster = Cluster(per_host, within or between, between)
-    check = _check(measured, steps, cluster, batch)
+    for option, link, ranks in (("--within", within, per_host), ("--network", between, 2)):
+        if link is not None and ranks > 1 and math.isinf(link.gigabits):
+            raise ValueError(
+                f"a message of {steps.message_bytes:,} bytes took no longer than one of 8, so its rate is unknown: "
+                f"the machine was busy, or the message is too small. Measure again, or give {option} RATE,LATENCY"
+            )
+    check = _check(measured, steps, cluster, batch) if not question.step_time else None
     if measured and measured.step_seconds and check:
         difference = check.step_seconds / measured.step_seconds - 1
         notes.append(
@@ -200,7 +207,7 @@ def show(answer: Answer) -> None:
     title = f"{answer.name}: {answer.batch:,} rows {kept}; a step sends {sent}"
     console.print(title, *answer.notes, "", sep="\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for heading in ("ranks", "hosts", "step", "Allreduce", "samples/s", "efficiency", f"90 % at {_NAMES[weak]}"):
+    for heading in ("ranks", "hosts", "step", "Allreduce", "samples/s", "efficiency", f"{_NAMES[weak]} for 90 %"):
         table.add_column(heading, justify="right")
     for forecast in answer.forecasts:
         enough = forecast.enough_rows * (1 if weak else forecast.ranks)
@@ -220,7 +227,7 @@ def show(answer: Answer) -> None:
         console.print(f"[bold]{line}[/bold]", soft_wrap=True)
 
 
-_NAMES = {True: "rows a rank", False: "global batch"}
+_NAMES = {True: "rows a rank", False: "batch"}  # with which the efficiency is 90 %
 
 
 def describe(link: Link) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distprop.bench.cluster import Measured, measure
-from distprop.bench.links import time_allreduce, time_loop, time_together
+from distprop.bench.links import measure_links, time_allreduce, time_loop, time_together
 from distprop.comm import Communicator
 from distprop.comm.threads import ThreadCommunicator, run_threads
 from distprop.cost import Link
@@ -102,6 +102,15 @@ def test_a_reduction_costs_what_it_adds_to_the_slowest_rank(clock: Clock) -> Non
 
     # A step takes 6 ms, the mean of the ranks, and the message; what the slowest takes alone is 7.
     assert on_two_ranks(clock, added) == pytest.approx([MESSAGE_SECONDS - 1e-3] * 2)
+
+
+def test_a_rate_that_is_lost_in_the_step_is_that_of_a_larger_message(clock: Clock) -> None:
+    def rate(comm: Network) -> float:
+        link = measure_links(comm, 800, 0.5, before=lambda: clock.compute(5e-3 + 2e-3 * comm.rank)).hosts[0].link
+        assert link is not None
+        return link.per_byte
+
+    assert on_two_ranks(clock, rate) == pytest.approx([LINK.per_byte] * 2, rel=0.01)
 
 
 @dataclass(frozen=True)

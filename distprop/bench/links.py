@@ -139,7 +139,11 @@ def _fit(group: Communicator | None, size: int, seconds: float, before: Callable
     empty = time_allreduce(group, 8, seconds / 4)
     if size > MEGABYTE:  # a slow link gets what it carries in half a second
         size = int(min(size, MEGABYTE * max(1, 0.5 / time_allreduce(group, MEGABYTE, seconds / 4))))
-    return fit_link(group.size, empty, size, time_allreduce(group, size, seconds, before))
+    link = fit_link(group.size, empty, size, time_allreduce(group, size, seconds, before))
+    if link.per_byte:
+        return link
+    # The message's time was lost in that of what came before it, or in the latency: a larger one alone shows its own.
+    return fit_link(group.size, empty, MEGABYTE, time_allreduce(group, MEGABYTE, seconds))
 
 
 def _group(comm: Communicator, ranks: list[int]) -> Communicator | None:
