@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distprop import comm, doctor, launch
+from distprop.bench import links
 from distprop.doctor import Finding, examination, job, machine, software
 from distprop.doctor.finding import merged
 from distprop.hosts import Host, HostsError, Survey
@@ -56,6 +58,15 @@ def test_ranks_bound_to_one_core_are_a_warning() -> None:
     assert job.binding("a", ["0", "1"]).status == "ok"
     assert job.binding("a", ["0", "0", "1"]).status == "ok"  # more ranks than cores is another finding
     assert "--bind-to none" in job.binding("a", ["0", "0", "1,2"]).advice
+
+
+def test_cores_are_those_of_all_ranks_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {threading.get_ident()})  # each is bound to its own
+    monkeypatch.setattr(links, "measure_links", lambda comm, host: links.Links((), None))
+    monkeypatch.setattr(links, "measure_speed", lambda comm: [1.0] * comm.size)
+    found, _ = comm.run_threads(2, lambda ranks: job.check_job(ranks, tmp_path))
+    (cores,) = (finding for finding in found if finding.name == "cores")
+    assert (cores.status, cores.value.split()[0]) == ("ok", "2")
 
 
 def test_hosts_that_differ_are_named() -> None:

@@ -16,12 +16,11 @@ from test_cli_run import ROOT
 
 
 def test_more_ranks_than_cores_and_a_smaller_quota_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "allowed_cores", lambda: 4)
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)
-    assert machine.cores(4).status == "ok"
-    assert "5 ranks share 4 cores" in machine.cores(5).advice
+    assert machine.cores(4, 4).status == "ok"
+    assert "5 ranks share 4 cores" in machine.cores(5, 4).advice
     monkeypatch.setattr(machine, "cpu_quota", lambda: 1.5)
-    assert "1.5 cores' time on 4 cores" in machine.cores(1).advice
+    assert "1.5 cores' time on 4 cores" in machine.cores(1, 4).advice
 
 
 def test_the_quota_of_both_kinds_of_control_groups(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from distprop.doctor import machine, software
 from distprop.doctor.finding import Finding
+from distprop.launch import allowed_cores
 
 
-def check_host(run_dir: Path, ranks: int = 1) -> list[Finding]:
-    """Everything that one process can see, on a host that is to have `ranks` ranks."""
+def check_host(run_dir: Path, ranks: int = 1, cores: int | None = None) -> list[Finding]:
+    """Everything that one process can see, on a host that is to have `ranks` ranks on `cores`, by default its own."""
+    available = cores or allowed_cores()
     return [
         _guarded("Python", software.python),
         _guarded("packages", software.packages),
@@ -20,8 +22,8 @@ def check_host(run_dir: Path, ranks: int = 1) -> list[Finding]:
         _guarded("world size", software.world_size),
         _guarded("BLAS", software.blas),
         _guarded("kernels", software.kernels),
-        _guarded("BLAS threads", lambda: software.blas_threads(ranks)),
-        _guarded("cores", lambda: machine.cores(ranks)),
+        _guarded("BLAS threads", lambda: software.blas_threads(ranks, available)),
+        _guarded("cores", lambda: machine.cores(ranks, available)),
         _guarded("shared memory", machine.shared_memory),
         _guarded("interfaces", machine.interfaces),
         _guarded("run directory", lambda: machine.run_directory(run_dir)),

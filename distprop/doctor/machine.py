@@ -12,21 +12,23 @@ from typing import Any
 
 from distprop.doctor.finding import Finding
 from distprop.hosts import probe
-from distprop.launch import allowed_cores
+from distprop.hosts.hostfile import count
 
 ENOUGH_SHARED_MEMORY = 256_000_000  # Docker gives a container 64 MB
 ENOUGH_DISK = 1_000_000_000
 
 
-def cores(ranks: int) -> Finding:
-    """How many cores this process may use, and whether they are enough."""
-    available, quota = allowed_cores(), cpu_quota()
+def cores(ranks: int, available: int) -> Finding:
+    """How many cores the ranks may use, and whether they are enough."""
+    quota = cpu_quota()
     value = f"{available} of {os.cpu_count()} allowed"
     if quota is not None and quota < available:
         advice = f"the container may use {quota:g} cores' time on {available} cores: give it whole cores (cpuset)"
         return Finding("cores", f"{value}, time of {quota:g}", "warn", advice)
     if ranks > available:
-        return Finding("cores", value, "warn", f"{ranks} ranks share {available} cores: correct, but slow; take fewer")
+        return Finding(
+            "cores", value, "warn", f"{ranks} ranks share {count(available, 'core')}: correct, but slow; take fewer"
+        )
     return Finding("cores", value)
 
 

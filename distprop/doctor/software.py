@@ -189,9 +189,9 @@ def kernel_speed(environment: os._Environ[str] | dict[str, str]) -> tuple[str, f
     return name, float(seconds)
 
 
-def blas_threads(ranks: int) -> Finding:
+def blas_threads(ranks: int, available: int) -> Finding:
     """Whether all ranks' BLAS threads have a core each; 2 ranks with 2 threads on 2 cores lose half the speed."""
-    threads, available = int((_blas() or {}).get("num_threads", 1)), allowed_cores()
+    threads = int((_blas() or {}).get("num_threads", 1))
     chosen = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if os.environ.get(name)]
     value = f"{threads}{f' by {chosen[0]}' if chosen else ''}, on {available} cores"
     if threads * ranks > max(available, ranks):
