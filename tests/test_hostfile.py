@@ -15,6 +15,7 @@ from distprop.hosts import Host, HostsError
     [
         ("a:2,b:2", [Host("a", 2), Host("b", 2)]),
         ("a, b", [Host("a", 1), Host("b", 1)]),
+        ("a slots=2, b slots = 3", [Host("a", 2), Host("b", 3)]),
         ("a:2,b,a", [Host("a", 3), Host("b", 1)]),
         ("node-1.example.org:16", [Host("node-1.example.org", 16)]),
     ],
@@ -42,6 +43,12 @@ def test_a_hostfile_is_open_mpis_or_mpichs(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("# the cluster\n\na slots=2 # fast\n  b:3\nc\nd slots = 4 max_slots=8\n")
     assert hosts.read_hostfile(path) == [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 4)]
+
+
+def test_a_hostfile_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("a slots=2\nb\n", encoding="utf-8-sig")
+    assert hosts.read_hostfile(path) == [Host("a", 2), Host("b", 1)]
 
 
 def test_the_list_of_a_pbs_job_is_a_hostfile(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class Host:
 
 
 def parse_hosts(text: str) -> list[Host]:
-    """Hosts from "a:2,b:2"; one without a number takes one rank, as mpirun has it.
+    """Hosts from "a:2,b:2" or "a slots=2,b slots=2"; one without a number takes one rank, as mpirun has it.
 
     >>> parse_hosts("a:2,b")
     [Host(name='a', slots=2), Host(name='b', slots=1)]
@@ -31,7 +31,7 @@ def parse_hosts(text: str) -> list[Host]:
     Raises:
         HostsError: something that is no host's name or number of slots.
     """
-    return _merged(_host(entry.strip(), "--hosts") for entry in text.split(","))
+    return _merged(_host(entry, "--hosts") for entry in text.split(","))
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -41,15 +41,12 @@ def read_hostfile(path: Path) -> list[Host]:
         HostsError: it cannot be read, or a line is none of these; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows begin it with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise HostsError(f"--hostfile: cannot read {path}: {getattr(error, 'strerror', error)}") from error
     hosts = []
     for number, line in enumerate(lines, start=1):
-        entry = " ".join(line.partition("#")[0].split())
-        if match := re.fullmatch(r"([^\s:]+) slots ?= ?(\d+)(?: max[-_]slots ?= ?\d+)?", entry):
-            entry = f"{match[1]}:{match[2]}"
-        if entry:
+        if entry := line.partition("#")[0].strip():
             hosts.append(_host(entry, f"{path}, line {number}"))
     if not hosts:
         raise HostsError(f"{path} names no host; {_SYNTAX}")
@@ -60,6 +57,9 @@ _SYNTAX = "expected NAME, NAME:SLOTS or NAME slots=SLOTS"
 
 
 def _host(entry: str, place: str) -> Host:
+    entry = " ".join(entry.split())
+    if match := re.fullmatch(r"([^\s:]+) slots ?= ?(\d+)(?: max[-_]slots ?= ?\d+)?", entry):
+        entry = f"{match[1]}:{match[2]}"
     name, colon, slots = entry.partition(":")
     if "@" in name:
         raise HostsError(f"{place}: {entry!r}: MPI takes no user's name; put `User` under `Host` in ~/.ssh/config")
