@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from distprop.comm import run_threads
 from distprop.logs import lines_of, scalars, write_csv
 from distprop.metrics import METRICS
 from distprop.rundir import RUN, read_run
+from test_cli_run import ROOT
 from test_rundir import step, train, write
 
 HEALTH = {
@@ -126,6 +129,13 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_said(tmp_path:
     assert answer.exit_code == 0
     assert answer.stdout.endswith(": 2 rows\n")
     assert answer.stderr == "distprop: 1 line of metrics.jsonl cannot be read and are left out\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    write(tmp_path, *map(step, range(1, 5000)))
+    shell = f"{sys.executable} -m distprop export {tmp_path} --csv - | head -1"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("step,epoch,loss,lr,examples,seconds,verdict\n", "")
 
 
 def test_nothing_to_write_is_a_mistake(tmp_path: Path) -> None:

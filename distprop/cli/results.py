@@ -91,11 +91,11 @@ def export(run: Path, table: Path | None, folder: Path | None) -> None:
         found = read_run(run)
         if folder is not None:
             click.echo(f"{folder}: {tensorboard.export(found, folder):,} events")
-        if table == Path("-"):
-            write_csv(found, sys.stdout)
-        elif table is not None:
+        if table is not None and table != Path("-"):
             with table.open("w", encoding="utf-8", newline="") as file:
                 rows = write_csv(found, file)
             click.echo(f"{table}: {rows:,} rows")
+    if table == Path("-"):
+        write_csv(found, sys.stdout)  # a reader that has seen enough, as head, is no error
     for remark in found.remarks:
         click.echo(f"distprop: {remark}", err=True)
