@@ -128,7 +128,8 @@ def plan(run_dir: Path, step: int, rank: int, *, script: Path | None = None, pro
             f"step {step} is not in metrics.jsonl, which ends with step {last - 1}; it may come all the same"
         )
     elif not 1 <= step <= last:
-        raise ReplayError(f"--step {step}: the run in {run_dir} made the steps 1 to {last}")
+        made = f"the steps 1 to {last}" if last else "no step"
+        raise ReplayError(f"--step {step}: the run in {run_dir} made {made}")
     session = session_at(run.sessions, step)
     if session is None or not isinstance(session.get("ranks"), int) or "program" not in session:
         raise ReplayError(f"{run_dir / RUN} does not say what made step {step}; an older version of distprop wrote it")

@@ -22,6 +22,7 @@ from distprop.comm import Communicator, SoloCommunicator, play, run_threads, wor
 from distprop.config import Config, Model, Optim, Train
 from distprop.fingerprint import compare, read
 from distprop.job import train_from_config
+from distprop.metrics import METRICS
 from distprop.random import Stream, generator
 from distprop.replay import Replayed, ReplayError, plan, replay
 from distprop.replicas import DivergenceError
@@ -472,6 +473,7 @@ def spoil(run_dir: Path, **values: object) -> None:
         (lambda run: (run / RUN).write_text('{"format": 99, "sessions": []}'), (3, 0), "has format 99"),
         (lambda run: None, (0, 0), "--step 0: the run in .* made the steps 1 to 10"),
         (lambda run: None, (11, 0), "--step 11: the run in .* made the steps 1 to 10"),
+        (lambda run: (run / METRICS).write_text(""), (1, 0), "--step 1: the run in .* made no step"),
         (lambda run: None, (3, 2), "--rank 2: step 3 was made on 1 ranks, 0 to 0"),
         (lambda run: None, (3, -1), "--rank -1"),
         (lambda run: spoil(run, program=None), (3, 0), "at a prompt or with python -c"),
