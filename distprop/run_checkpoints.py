@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distprop import checkpoint
-from distprop.checkpoint import Checkpoint
+from distprop.checkpoint import Checkpoint, CheckpointError
 from distprop.comm import Communicator
 from distprop.fingerprint import FINGERPRINTS
 from distprop.metrics import METRICS, forget_after, set_aside
@@ -71,7 +71,13 @@ class RunCheckpoints:
             from distprop.shared_folder import check_shared
 
             check_shared(root, self._comm, required=restarts)
-        found = checkpoint.newest(root, _warn) if self._comm.rank == 0 else None
+        found, mistake = None, ""
+        try:
+            found = checkpoint.newest(root, _warn) if self._comm.rank == 0 else None
+        except CheckpointError as error:
+            mistake = str(error)
+        if mistake := self._comm.allgather(mistake.encode())[0].decode():
+            raise CheckpointError(mistake)  # on all ranks, none of which waits for another
         found = checkpoint.broadcast(found, self._comm)
         if found is not None and not resume:
             raise ValueError(

@@ -171,6 +171,19 @@ def test_a_run_is_resumed_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureF
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_damaged_checkpoints_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    make_trainer(SoloCommunicator(), tmp_path).fit(dataset(), steps=7)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "manifest.json").write_text("{")
+
+    def refused(comm: dp.comm.Communicator) -> bool:
+        with pytest.raises(CheckpointError, match=r"all 2 checkpoints in \S+ are damaged"):
+            make_trainer(comm, tmp_path, resume=True)
+        return True
+
+    assert run_threads(3, refused, timeout_seconds=20) == [True] * 3
+
+
 def test_parameters_that_an_update_made_infinite_are_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

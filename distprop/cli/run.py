@@ -122,7 +122,7 @@ def train_command(
         run_dir = config.parent if resume and config.name == "config.toml" else Path("runs", _run_name(config))
         try:
             train_from_config(loaded, run_dir, resume, profile=profile)
-        except ConfigError:  # all ranks have it, and one says it
+        except (ConfigError, CheckpointError):  # all ranks have it, and one says it
             if world().rank:
                 sys.exit(Refusal.exit_code)
             raise
