@@ -175,7 +175,8 @@ def non_finite(history: History) -> Finding | None:
 
 def vanishing(history: History) -> Finding | None:
     """A layer learns far more slowly than one behind it, three looks in a row."""
-    found = [pair for look in history.last(3) if (pair := _slowest(look)) is not None]
+    at_zero = _began_at_zero(history)  # the layers before one of zeros have no gradient until it has grown
+    found = [pair for look in history.last(3) if (pair := _slowest(look, at_zero)) is not None]
     if len(found) < 3:
         return None
     slow, fast, times = found[-1]
@@ -197,8 +198,8 @@ def exploding(history: History) -> Finding | None:
         return None
     look = history.looks[-1]
     remedy = "try clip_norm=1.0, a smaller initialisation, normalisation or a lower learning rate"
-    began_at_zero = {name for seen in history.looks for name, one in seen.parameters.items() if not one.weight_norm}
-    rates = {name: rate for name, rate in _rates(look).items() if name not in began_at_zero}
+    at_zero = _began_at_zero(history)
+    rates = {name: rate for name, rate in _rates(look).items() if name not in at_zero}
     if rates and (middle := _median(list(rates.values()))) > EXPLODING_RATE:
         layer = max(rates, key=rates.__getitem__)
         text = f"most are over {_short(middle)} times their weights, that of `{layer}` is {_short(rates[layer])} times"
@@ -353,9 +354,14 @@ def _update_ratios(look: Look) -> dict[str, float]:
     return {name: r for name, of_one in _matrices(look).items() if not math.isnan(r := of_one.update_ratio)}
 
 
-def _slowest(look: Look) -> tuple[str, str, float] | None:
+def _began_at_zero(history: History) -> set[str]:
+    return {name for look in history.looks for name, of_one in look.parameters.items() if not of_one.weight_norm}
+
+
+def _slowest(look: Look, passed_over: set[str]) -> tuple[str, str, float] | None:
     """(slow layer, the fastest layer behind it, how many times slower), if a layer is far too slow."""
-    matrices, rates = _matrices(look), _rates(look)
+    matrices = {name: of_one for name, of_one in _matrices(look).items() if name not in passed_over}
+    rates = _rates(look)
     worst: tuple[str, str, float] | None = None
     fast = ""
     for slow in reversed(matrices):

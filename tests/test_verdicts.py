@@ -266,6 +266,14 @@ def test_the_example_is_right_about_what_vanishes_and_what_helps(vanishing):
     assert kinds(4, **kaiming, normalise=True, residual=True) == set()
 
 
+@pytest.mark.parametrize("lr", [0.1, 0.01, 1e-3])
+def test_a_last_layer_of_zeros_makes_nothing_vanish(digits, lr):
+    """What is before it has no gradient until it has grown."""
+    model = mlp(64, 64, 32, 10)
+    model[-1].weight.data[...] = 0
+    assert "vanishing" not in said(model, digits, sgd(model, lr, 0.9), 100)
+
+
 # --- what is said, and when
 
 
