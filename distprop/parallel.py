@@ -309,9 +309,8 @@ class DataParallel:
             self.zero_grad()
         self._walking = True
         here.at(recorder.BACKWARD)
-        return (examples if self._examples_given is None else self._examples_given) / (
-            self._divisor or self.expected_examples
-        )
+        given = examples if self._examples_given is None else self._examples_given
+        return given / (self._divisor or self.expected_examples)
 
     def _weigh_as(self, other: DataParallel) -> None:
         """One backward pass, with one weight, goes through this model and another one, such as those of a GAN."""

@@ -16,8 +16,8 @@ def sum_over(
     """`x.sum(axes)`; axes count from 0.
 
     NumPy sums pairwise along the innermost axis only. Along others it adds row after row, so that 17 million ones in
-    float32 are 16.8 million. Here such an axis is first folded: its parts of `_ROWS` or more are added up. As these are
-    additions of long rows, `(1_000_000, 3)` takes a fortieth of the time, too.
+    float32 are 16.8 million. Here such an axis is first folded: its parts of `_ROWS` or more are added up. These are
+    additions of long rows, which takes less time, too, but for wide arrays that are not contiguous.
     """
     for axis in axes:
         while x.shape[axis] >= 2 * _ROWS and _row_after_row(x, axis, axes):

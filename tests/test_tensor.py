@@ -1007,9 +1007,10 @@ def test_a_gradient_that_comes_back_from_a_wider_result_has_the_tensors_dtype(lo
 @pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.mul, operator.truediv, operator.pow])
 def test_numbers_and_whole_numbers_do_not_widen_a_tensor_as_in_pytorch(operation, other, torch):
     x = np.array([2.0, 4.0], np.float32)
+    theirs = torch.tensor(other) if isinstance(other, np.ndarray) else other
     if operation is operator.sub and other.dtype == bool:
-        return  # PyTorch refuses that
-    expected = operation(torch.tensor(x), torch.tensor(other) if isinstance(other, np.ndarray) else other)
+        theirs = theirs.float()  # PyTorch subtracts no booleans
+    expected = operation(torch.tensor(x), theirs)
     for given in (other, Tensor(np.asarray(other))) if isinstance(other, np.ndarray) else (other,):
         found = operation(Tensor(x), given)
         assert found.dtype == operation(given, Tensor(x)).dtype == np.float32
