@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -274,8 +274,8 @@ class Jobs:
         self.folder = folder
         self.mark = uuid.uuid4().hex
 
-    def write(self, source: str) -> str:
-        path = self.folder / "script.py"
+    def write(self, source: str, name: str = "script.py") -> str:
+        path = self.folder / name
         path.write_text("import os, signal, sys, threading, time\nimport numpy as np\n" + textwrap.dedent(source))
         return str(path)
 
@@ -292,6 +292,14 @@ class Jobs:
     def run(self, ranks: int, source: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         with self.start("-m", "distprop.cli", "run", "-n", str(ranks), self.write(source), *arguments) as process:
             return finish(process, stdin)
+
+    def run_at_once(self, sources: Sequence[str], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+        """Jobs of two ranks that mostly wait, so that they take no longer than the longest of them."""
+        scripts = [self.write(source, f"script{number}.py") for number, source in enumerate(sources)]
+        with contextlib.ExitStack() as stack:
+            job = ("-m", "distprop.cli", "run", "-n", "2")
+            processes = [stack.enter_context(self.start(*job, script, *arguments)) for script in scripts]
+            return [finish(process) for process in processes]
 
     def pids(self) -> Iterator[int]:
         for entry in Path("/proc").glob("[0-9]*"):
@@ -489,13 +497,13 @@ def test_what_a_killed_rank_has_started_does_not_keep_the_job(source: str, jobs:
 
 
 @needs_mpi
-@pytest.mark.parametrize("source", ["", WORLD, "os.execvp('sh', ['sh', '-c', 'sleep 9; echo other'])"])
-def test_what_ranks_leave_at_their_end_is_waited_for(source: str, jobs: Jobs) -> None:
+def test_what_ranks_leave_at_their_end_is_waited_for(jobs: Jobs) -> None:
     """A helper that still writes; also where ranks never call world(), or have become another program."""
-    done = jobs.run(2, CHILD + source, "7")
-    assert (done.returncode, done.stdout.count("child")) == (0, 2), done.stderr
-    assert done.stdout.count("other") == 2 * ("other" in source)
-    assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2)
+    endings = ["", WORLD, "os.execvp('sh', ['sh', '-c', 'sleep 9; echo other'])"]
+    for ending, done in zip(endings, jobs.run_at_once([CHILD + ending for ending in endings], "7"), strict=True):
+        assert (done.returncode, done.stdout.count("child")) == (0, 2), (ending, done.stderr)
+        assert done.stdout.count("other") == 2 * ("other" in ending)
+        assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2)
 
 
 @needs_mpi
@@ -600,11 +608,11 @@ def test_a_rank_that_ends_without_calling_world_is_named(leaves: str, jobs: Jobs
 
 
 @needs_mpi
-@pytest.mark.parametrize("source", ["", WORLD], ids=["no rank starts MPI", "all start MPI"])
-def test_ranks_may_take_different_times_before_world_and_without_it(source: str, jobs: Jobs) -> None:
-    done = jobs.run(2, BEFORE_WORLD + "time.sleep(7)\n" + source)
-    assert done.returncode == 0
-    assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2), done.stderr
+def test_ranks_may_take_different_times_before_world_and_without_it(jobs: Jobs) -> None:
+    late = BEFORE_WORLD + "time.sleep(7)\n"
+    for done in jobs.run_at_once([late, late + WORLD]):
+        assert done.returncode == 0
+        assert len(done.stderr.splitlines()) == (1 if launch.allowed_cores() > 1 else 2), done.stderr
 
 
 @needs_mpi
