@@ -182,6 +182,8 @@ def _propagate(root: Node, grad: Array) -> None:
 def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Array | None]]:
     """Apply one chain rule and release the node; the inputs, their gradients, and where these could be written."""
     vjp, grad, inputs = node.vjp, node.grad, node.inputs
+    if node.number < _last_change:
+        _check_unchanged(node)
     if vjp is None or grad is None:
         node.grad = None
         raise RuntimeError(
@@ -196,6 +198,21 @@ def _visit(node: Node) -> tuple[tuple[Tensor, ...], list[Array | None], list[Arr
     if len(gradients) != len(inputs):
         raise ValueError(f"an operation of {len(inputs)} inputs gave {len(gradients)} gradients; it must be one each")
     return inputs, gradients, out
+
+
+def _check_unchanged(node: Node) -> None:
+    """Raise RuntimeError if an input has other values than in the forward pass, with which the derivative is computed.
+
+    Also where the derivative happens not to need them, as that of a sum: then, too, it is one of values that are gone.
+    """
+    for tensor in node.inputs:
+        if tensor.changed > node.number:
+            node.grad = None
+            raise RuntimeError(
+                f"a {type(tensor).__name__} of shape {tensor.shape} was changed between the forward and the backward "
+                "pass, by step(), load_state_dict(), an assignment or in place, so its gradients would be wrong; call "
+                "backward() before it changes, or compute the forward pass again"
+            )
 
 
 def _holders(gradient: Array) -> tuple[int, int, bool]:
@@ -254,6 +271,13 @@ def next_number() -> int:
     return next(_numbers)
 
 
+def note_change() -> int:
+    """Like `next_number`, for values that have just been changed, which is what `Tensor.changed` says."""
+    global _last_change
+    _last_change = next(_numbers)
+    return _last_change
+
+
 def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Undo broadcasting: add up `gradient` over the axes along which an operand of `shape` was repeated."""
     if gradient.shape == shape:
@@ -268,5 +292,6 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
 _NOBODY_ELSE = (0, 0, True)
 _NOBODY_ELSE = _holders_of_a_new_view()
 _numbers = itertools.count()
+_last_change = -1
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _observer: ContextVar[Callable[[Node | None], object] | None] = ContextVar("observer", default=None)

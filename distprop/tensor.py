@@ -18,7 +18,17 @@ from distprop.allocator import aligned_like
 from distprop.pieces import compact, in_pieces, laid_out_as, like
 from distprop.rows import add_rows
 from distprop.sums import sum_over
-from distprop.tape import Array, Node, Out, VectorJacobianProduct, gradients_needed, node_for, sum_to, walk_back
+from distprop.tape import (
+    Array,
+    Node,
+    Out,
+    VectorJacobianProduct,
+    gradients_needed,
+    node_for,
+    note_change,
+    sum_to,
+    walk_back,
+)
 
 Operand: TypeAlias = Union["Tensor", ArrayLike]
 Dim: TypeAlias = int | Sequence[int] | None
@@ -60,6 +70,7 @@ def record(value: ArrayLike, inputs: tuple[Tensor, ...], vjp: VectorJacobianProd
     result = Tensor.__new__(Tensor)
     result._data = value if isinstance(value, np.ndarray) else np.asarray(value)
     result._grad = None
+    result.changed = -1
     result.node = node = node_for(inputs, vjp)
     result.requires_grad = node is not None
     return result
@@ -68,11 +79,15 @@ def record(value: ArrayLike, inputs: tuple[Tensor, ...], vjp: VectorJacobianProd
 class Tensor:
     """A NumPy array, `data`, with a gradient, `grad`, an array of the same shape once `backward()` has reached it.
 
+    Attributes:
+        changed: when the values were last changed, on the clock of `tape.next_number`; -1 if never. What changes them
+            through NumPy, as `x.data[0] = 1` does, is not noticed; see `values_changed`.
+
     Raises:
         TypeError: `requires_grad` for data that are not floating point.
     """
 
-    __slots__ = ("__weakref__", "_data", "_grad", "node", "requires_grad")
+    __slots__ = ("__weakref__", "_data", "_grad", "changed", "node", "requires_grad")
     __array_ufunc__ = None  # NumPy hands `array * tensor` over to us instead of making an array of tensors
 
     _data: Array
@@ -86,6 +101,7 @@ class Tensor:
         self._grad = None
         self.requires_grad = requires_grad
         self.node = None
+        self.changed = -1
 
     @property
     def data(self) -> Array:
@@ -95,6 +111,7 @@ class Tensor:
     @data.setter
     def data(self, value: Operand) -> None:
         self._data = np.asarray(value)
+        self.changed = note_change()
 
     @property
     def grad(self) -> Array | None:
@@ -495,6 +512,7 @@ class Tensor:
                 "for a new tensor write w = w + ... instead of w += ..."
             )
         operation(self._data, self._operand(other)._data, out=self._data)
+        self.changed = note_change()
         return True
 
     def _compare(self, compare: Callable[[Any, Any], Any], other: object) -> NDArray[np.bool_]:
@@ -559,6 +577,7 @@ class Parameter(Tensor):
         else:
             self._data = np.array(array)
             self._grad, self.has_grad, self.buffer = None, False, None
+        self.changed = note_change()
 
     @property
     def grad(self) -> Array | None:
@@ -621,6 +640,13 @@ def clear_gradients(parameters: Iterable[Parameter], set_to_none: bool) -> None:
         for parameter in parameters:
             if parameter.has_grad:
                 parameter.grad, parameter.zeroed = 0, True
+
+
+def values_changed(parameters: Iterable[Parameter]) -> None:
+    """To be called after a change of their values that went through the arrays; see `Tensor.changed`."""
+    now = note_change()
+    for parameter in parameters:
+        parameter.changed = now
 
 
 def sigmoid_of(x: Array, out: Array | None = None) -> Array:

@@ -14,7 +14,7 @@ import pytest
 
 import distprop as dp
 from distprop import functional as F
-from distprop import nn
+from distprop import nn, optim
 from distprop.buffer import FlatBuffer
 from distprop.tensor import Parameter, Tensor, as_tensor, record, tensor
 from distprop.testing import check_grads
@@ -695,6 +695,66 @@ def test_detach_cuts_the_graph_and_shares_the_values():
     assert np.shares_memory(y.detach().data, y.data)
     (y.detach() * x).sum().backward()
     assert x.grad == 4
+
+
+def change_by_step(model):
+    for parameter in model.parameters():
+        parameter.grad = 1
+    optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def change_in_place(model):
+    with dp.no_grad():
+        model[0].weight -= 1  # the augmented assignment also goes through Module's __setattr__
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_by_step,
+        change_in_place,
+        lambda model: model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}),
+        lambda model: setattr(model[1].weight, "data", np.zeros((1, 3), np.float32)),
+        lambda model: optim.ExponentialMovingAverage(model.parameters(), 0.9).averaged().__enter__(),
+    ],
+    ids=["step", "in place", "load_state_dict", "data", "averaged"],
+)
+def test_values_changed_between_forward_and_backward_are_an_error(change):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    x = tensor([[1.0, 2.0]], requires_grad=True)
+    loss = model(x).sum()
+    change(model)
+    with pytest.raises(RuntimeError, match=r"a Parameter of shape .* was changed between the forward and the backward"):
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model(x).sum().backward()  # with the new values
+    np.testing.assert_allclose(x.grad, model[1].weight.data @ model[0].weight.data, rtol=1e-6)
+
+
+def test_a_change_of_what_is_frozen_or_constant_is_an_error_where_a_gradient_goes_through_it():
+    w = Parameter(np.ones((2, 2), np.float32), requires_grad=False)
+    x = tensor([[1.0, 2.0]], requires_grad=True)
+    loss = F.linear(x, w).sum()
+    w.data = np.zeros((2, 2))
+    with pytest.raises(RuntimeError, match=r"a Parameter of shape \(2, 2\) was changed"):
+        loss.backward()
+    constant = tensor([2.0, 3.0])
+    loss = (x * constant).sum()
+    constant.data = np.zeros(2)
+    with pytest.raises(RuntimeError, match=r"a Tensor of shape \(2,\) was changed"):
+        loss.backward()
+
+
+def test_a_change_that_nothing_is_computed_from_is_none():
+    """Two models on one input, each updated after its own backward pass; and x changes before the forward pass."""
+    x, a, b = tensor([[1.0, 2.0]]), nn.Linear(2, 1), nn.Linear(2, 1)
+    x.data = np.array([[3.0, 4.0]], np.float32)
+    losses = [a(x).sum(), b(x).sum()]
+    for model, loss in zip((a, b), losses, strict=True):
+        loss.backward()
+        np.testing.assert_array_equal(model.weight.grad, x.data)
+        optim.SGD(model.parameters(), lr=0.1).step()
 
 
 # parameters

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from distprop.tape import Array
-from distprop.tensor import Parameter, clear_gradients
+from distprop.tensor import Parameter, clear_gradients, values_changed
 
 
 class IncompatibleKeys(NamedTuple):
@@ -165,6 +165,7 @@ class Module:
         for name, value in own.items():
             if name in arrays:
                 value[...] = arrays[name]
+        values_changed(parameter for name, parameter in self.named_parameters() if name in arrays)
         return keys
 
     def train(self, mode: bool = True) -> Self:

@@ -22,7 +22,7 @@ from distprop.optim.layout import (
     stretches,
 )
 from distprop.tape import Array
-from distprop.tensor import Parameter
+from distprop.tensor import Parameter, values_changed
 
 
 class ExponentialMovingAverage:
@@ -123,6 +123,7 @@ class ExponentialMovingAverage:
             scratch[...] = w
             w[...] = a
             a[...] = scratch
+        values_changed(self._parameters)
 
     def _chunks(self) -> Iterator[tuple[Array, Array, Array]]:
         """Values, averages and scratch of this rank's part, in pieces that stay in the cache."""

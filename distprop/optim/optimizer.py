@@ -29,7 +29,7 @@ from distprop.optim.layout import (
 )
 from distprop.optim.state import key_problems, loaded_arrays, loaded_groups, own_state
 from distprop.tape import Array
-from distprop.tensor import Parameter, clear_gradients
+from distprop.tensor import Parameter, clear_gradients, values_changed
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -118,6 +118,7 @@ class Optimizer:
             for chunks in of_this_kind:
                 self._update_stretch(chunks, options)
         meet(self._sharers)  # all slices are there
+        values_changed(parameter for parameter in self._members if parameter.requires_grad)
         for i in self._frozen:
             self._missed[i] += 1
         self.steps += 1
