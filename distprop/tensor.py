@@ -479,6 +479,32 @@ class Tensor:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         return np.array(self._data, dtype=dtype, copy=copy)
 
+    def __array_function__(
+        self, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """NumPy's functions, such as `np.argmax`, take the values. Those that would cut the graph raise TypeError."""
+        computed: list[Tensor] = []
+
+        def values(argument: Any) -> Any:
+            if isinstance(argument, list | tuple):
+                return (
+                    [values(part) for part in argument] if isinstance(argument, list) else tuple(map(values, argument))
+                )
+            if not isinstance(argument, Tensor):
+                return argument
+            if argument.node is not None:
+                computed.append(argument)
+            return argument.data
+
+        result = function(*values(args), **{name: values(argument) for name, argument in kwargs.items()})
+        results = result if isinstance(result, list | tuple) else [result]
+        if gradients_needed(tuple(computed)) and any(np.asarray(r).dtype.kind == "f" for r in results):
+            raise TypeError(
+                f"{function.__module__}.{function.__name__}() gives an array, behind which the gradient would be lost; "
+                "take distprop's own operation, tensor.data for the values alone, or no_grad()"
+            )
+        return result
+
     def __repr__(self) -> str:
         text = np.array2string(self._data, separator=", ", prefix="tensor(")
         return f"tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"

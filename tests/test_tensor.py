@@ -746,6 +746,27 @@ def test_a_change_of_what_is_frozen_or_constant_is_an_error_where_a_gradient_goe
         loss.backward()
 
 
+def test_functions_of_numpy_take_the_values_and_those_that_would_cut_the_graph_are_refused():
+    x = tensor([[1.0, 3.0], [2.0, 0.0]], requires_grad=True)
+    y = x * 2
+    for cut in (
+        lambda: np.concatenate([y, y], axis=1),
+        lambda: np.concatenate((np.ones((1, 2)), y)),
+        lambda: np.split(y, 2),
+        lambda: np.where(x.data > 1, y, 0),
+        lambda: np.mean(a=y),
+    ):
+        with pytest.raises(TypeError, match=r"numpy\.\w+\(\) gives an array, behind which the gradient would be lost"):
+            cut()
+    np.testing.assert_array_equal(np.argmax(y, axis=1), [1, 0])
+    assert np.allclose(y, 2 * x.data)
+    np.testing.assert_array_equal(np.asarray(y), [[2, 6], [4, 0]])
+    with dp.no_grad():
+        assert np.concatenate([y, x]).shape == (4, 2)
+    for leaf in (x, y.detach(), Parameter(x.data)):  # where nothing was computed, nothing is cut
+        assert np.linalg.norm(leaf) > 0
+
+
 def test_a_change_that_nothing_is_computed_from_is_none():
     """Two models on one input, each updated after its own backward pass; and x changes before the forward pass."""
     x, a, b = tensor([[1.0, 2.0]]), nn.Linear(2, 1), nn.Linear(2, 1)
