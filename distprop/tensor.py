@@ -487,9 +487,8 @@ class Tensor:
 
         def values(argument: Any) -> Any:
             if isinstance(argument, list | tuple):
-                return (
-                    [values(part) for part in argument] if isinstance(argument, list) else tuple(map(values, argument))
-                )
+                parts = map(values, argument)
+                return list(parts) if isinstance(argument, list) else tuple(parts)
             if not isinstance(argument, Tensor):
                 return argument
             if argument.node is not None:

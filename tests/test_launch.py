@@ -497,6 +497,20 @@ def test_what_a_killed_rank_has_started_does_not_keep_the_job(source: str, jobs:
 
 
 @needs_mpi
+def test_arrays_that_differ_between_ranks_end_the_job(jobs: Jobs) -> None:
+    """MPI adds up numbers of two dtypes, and broadcasts a part, without a word."""
+    calls = {
+        "comm.allreduce(np.ones(4, [np.int32, np.float32][comm.rank]))": "allreduce of 16 bytes of float32",
+        "comm.broadcast(np.ones(2 + 2 * comm.rank))": "broadcast of 32 bytes of float64",
+    }
+    after = "\ncomm.barrier()\nprint('went on')"
+    for said, done in zip(calls.values(), jobs.run_at_once([WORLD + c + after for c in calls]), strict=True):
+        assert is_status(done, 1), done.stderr
+        assert f"rank 1 of 2 on {os.uname().nodename}, start: called {said} as collective" in done.stderr, done.stderr
+        assert "went on" not in done.stdout
+
+
+@needs_mpi
 def test_what_ranks_leave_at_their_end_is_waited_for(jobs: Jobs) -> None:
     """A helper that still writes; also where ranks never call world(), or have become another program."""
     endings = ["", WORLD, "os.execvp('sh', ['sh', '-c', 'sleep 9; echo other'])"]

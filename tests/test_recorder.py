@@ -7,11 +7,12 @@ import select
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from distprop.comm import SoloCommunicator, recorder
+from distprop.comm import CollectiveError, SoloCommunicator, recorder
 from distprop.comm.recorder import BACKWARD, RING, Record
 from distprop.witness import Witness
 from test_launch import wait_until
@@ -28,7 +29,7 @@ def test_the_ring_keeps_the_last_collectives() -> None:
     snapshot = recorder.read(record.memory)
     assert (snapshot.place, snapshot.sequence, snapshot.inside) == ("step 12, backward pass", RING + 4, True)
     assert list(snapshot.ring) == list(range(5, RING + 5))
-    assert snapshot.ring[RING + 3] == ("allreduce", 10 * (RING + 3))
+    assert snapshot.ring[RING + 3] == ("allreduce", 10 * (RING + 3), "")
     assert snapshot.line().endswith("; 19 allreduce 190; 20 barrier 0 (in it)")
 
 
@@ -38,6 +39,34 @@ def test_a_collective_that_raised_is_one_the_rank_is_still_in() -> None:
     record.fail()
     assert recorder.read(record.memory).inside
     assert (record.inside, record.failed) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        (
+            [(b"allreduce", 16, b"float32"), (b"allreduce", 16, b"int32")],
+            "rank 0 called allreduce of 16 bytes of float32 as collective 1, where rank 1 called allreduce of 16 bytes "
+            "of int32; all ranks must",
+        ),
+        ([(b"broadcast", 16), (b"broadcast", 24)], "called broadcast of 16 bytes as .* called broadcast of 24 bytes"),
+        ([(b"barrier", 0), (b"allgather", 2)], "called barrier as .* called allgather"),
+        ([(b"allreduce", 16), (b"allreduce", 16)], None),
+        ([(b"allgather", 16), (b"allgather", 3)], None),
+    ],
+)
+def test_a_call_that_is_not_the_neighbours_is_an_error_also_where_mpi_completes_both(calls, said) -> None:
+    record, neighbour = Record(), Record()
+    record.peers, record.neighbour = {1: neighbour.memory}, 1
+    record.enter(*calls[0])
+    record.compare()  # the neighbour has not come yet
+    neighbour.enter(*calls[1])
+    for _ in range(RING):
+        with pytest.raises(CollectiveError, match=said) if said else nullcontext():
+            record.compare()
+        neighbour.leave()
+        neighbour.enter(b"barrier", 0)
+    record.compare()  # it is far ahead
 
 
 def test_what_a_script_does_after_fit_is_no_longer_a_phase_of_it(tmp_path: Path) -> None:

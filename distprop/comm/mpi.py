@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from distprop.comm.base import Array, check_contiguous, check_summable
+from distprop.comm.base import Array, CollectiveError, check_contiguous, check_summable
 from distprop.comm.node import Node
 from distprop.comm.recorder import END, JOINING, START, Snapshot, here, recorded, report
 from distprop.comm.watchdog import Verdict, Watchdog, WatchdogThread
@@ -81,7 +81,7 @@ class MPICommunicator:
         mpi_communicator: an `mpi4py.MPI.Comm`.
         share_memory: False leaves every sum to the library.
         ranks_per_node: take so many neighbours for a node, in place of those that MPI finds on one host.
-        counted: False for ranks that are only a part of the world, whose calls the others do not make as well.
+        counted: False where the other ranks of the world do not make the same calls; by default if these are not all.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class MPICommunicator:
         *,
         share_memory: bool = True,
         ranks_per_node: int | None = None,
-        counted: bool = True,
+        counted: bool | None = None,
     ) -> None:
-        self.counted = counted
         self._MPI = _load(initialize=True)
         self._comm = (mpi_communicator or self._MPI.COMM_WORLD).Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
+        self.counted = self.size == self._MPI.COMM_WORLD.Get_size() if counted is None else counted
         self._piece_bytes: int | None = None  # of an Allreduce; None for the whole at once
         self.node = self._find_node(ranks_per_node) if share_memory and self.size > 1 else None
 
@@ -207,7 +207,7 @@ def group(number: int | None) -> MPICommunicator | None:
     """
     MPI = _load(initialize=True)
     part = MPI.COMM_WORLD.Split(MPI.UNDEFINED if number is None else number, MPI.COMM_WORLD.Get_rank())
-    return None if part == MPI.COMM_NULL else MPICommunicator(part, counted=False)
+    return None if part == MPI.COMM_NULL else MPICommunicator(part)
 
 
 def thread_level() -> str:
@@ -331,10 +331,10 @@ def leave_sign() -> None:
 def _let_others_speak(error: BaseException) -> None:
     """Wait a moment before this rank's report.
 
-    What all ranks raise at the same step is rank 0's to tell. If MPI failed in a collective, the cause may well be
-    another rank's call, which the watchdog finds out.
+    What all ranks raise at the same step is rank 0's to tell. If a collective failed, the cause may well be another
+    rank's call, which the watchdog finds out.
     """
-    if here.failed and isinstance(error, _load(initialize=False).Exception):
+    if here.failed and isinstance(error, (CollectiveError, _load(initialize=False).Exception)):
         time.sleep(_VERDICT_SECONDS)
     elif here.rank:
         time.sleep(1 + min(here.rank, 50) / 50)

@@ -14,9 +14,9 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from distprop.comm.base import Communicator
+from distprop.comm.base import CollectiveError, Communicator
 
 START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, AFTER_FIT, END = (
     b"start",
@@ -42,7 +42,7 @@ _HEADER = struct.Struct("<8sqqq64s")  # magic, rank, size, process, host
 _SPOKEN = struct.Struct("<q")
 _PLACE = struct.Struct("<q16s")  # step, phase
 _CALL = struct.Struct("<qq")  # number of the last collective, whether the rank is in it
-_ENTRY = struct.Struct("<q16sq")  # number, operation, bytes
+_ENTRY = struct.Struct("<q16sq16s")  # number, operation, bytes, dtype
 _MAGIC = b"distprop"
 _SPOKEN_AT = _HEADER.size
 _PLACE_AT = _SPOKEN_AT + _SPOKEN.size
@@ -50,6 +50,9 @@ _CALL_AT = _PLACE_AT + _PLACE.size
 _RING_AT = _CALL_AT + _CALL.size
 LENGTH = _RING_AT + RING * _ENTRY.size
 
+SAME_CALLS = "all ranks must call the same collectives in the same order"
+
+Call: TypeAlias = tuple[str, int, str]  # operation, bytes, dtype
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -60,6 +63,7 @@ class Record:
         self.rank, self.size = 0, 1
         self.hosts: list[str] = []  # by rank, once the ranks are connected
         self.peers: dict[int, Any] = {}  # the memory of other ranks' records, of those on this host
+        self.neighbour: int | None = None  # one of them; every rank of this host is the neighbour of another
         self.memory: Any = bytearray(LENGTH)
         self._path = ""  # of the file that it is in
         self.step, self.phase = 0, START
@@ -74,13 +78,36 @@ class Record:
         self.phase = phase
         _PLACE.pack_into(self.memory, _PLACE_AT, self.step, phase)
 
-    def enter(self, operation: bytes, size: int) -> None:
-        """A collective begins that moves `size` bytes."""
+    def enter(self, operation: bytes, size: int, dtype: bytes = b"") -> None:
+        """A collective begins that moves `size` bytes, of an array of `dtype`."""
         self.sequence = number = self.sequence + 1
         self.inside, self.failed = True, False
-        _ENTRY.pack_into(self.memory, _RING_AT + number % RING * _ENTRY.size, number, operation, size)
+        _ENTRY.pack_into(self.memory, _RING_AT + number % RING * _ENTRY.size, number, operation, size, dtype)
         _CALL.pack_into(self.memory, _CALL_AT, number, 1)
         self._began = time.perf_counter()
+
+    def compare(self) -> None:
+        """Raise CollectiveError if the neighbour made another call in place of the last one.
+
+        MPI may have completed both, with numbers of another dtype or without the last ones. What the neighbour has not
+        begun yet, or what is no longer in its ring, is passed over.
+        """
+        if self.neighbour is None:
+            return
+        at = _RING_AT + self.sequence % RING * _ENTRY.size
+        memories = self.memory, self.peers[self.neighbour]
+        for _ in range(2):  # the neighbour may just have been writing
+            own, other = (memory[at : at + _ENTRY.size] for memory in memories)
+            if own == other or own[:8] != other[:8]:  # the number
+                return
+            (_, own_call), (_, other_call) = (_entry(memory, self.sequence) for memory in memories)
+            if comparable(own_call) == comparable(other_call):
+                return
+            time.sleep(0.001)
+        raise CollectiveError(
+            f"{self.name(self.rank)} called {described(own_call)} as collective {self.sequence}, where "
+            f"{self.name(self.neighbour)} called {described(other_call)}; {SAME_CALLS}"
+        )
 
     def leave(self) -> None:
         """It is complete."""
@@ -129,6 +156,7 @@ class Record:
             if self.hosts[rank] == host and rank != comm.rank:
                 with contextlib.suppress(OSError, ValueError):  # two hosts of one name
                     self.peers[rank] = _map(os.path.join(folder, f"rank-{rank}"))
+        self.neighbour = min(self.peers, key=lambda rank: (rank < self.rank, rank), default=None)
         comm.barrier()
         if not owned:  # what is mapped needs no name, and nobody would remove it
             with contextlib.suppress(OSError):
@@ -174,7 +202,7 @@ class Snapshot:
     phase: str
     sequence: int
     inside: bool
-    ring: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # number: (operation, bytes), oldest first
+    ring: Mapping[int, Call] = field(default_factory=dict)  # by number, oldest first
 
     @property
     def joining(self) -> bool:
@@ -194,12 +222,12 @@ class Snapshot:
     @property
     def collective(self) -> str:
         """The last collective: "collective 57, allreduce of 1,024 bytes"."""
-        operation, size = self.ring.get(self.sequence, ("none", 0))
+        operation, size, _ = self.ring.get(self.sequence, ("none", 0, ""))
         return f"collective {self.sequence}, {operation} of {size:,} bytes"
 
     def line(self) -> str:
         """The rank with its last collectives."""
-        calls = [f"{number} {operation} {size:,}" for number, (operation, size) in self.ring.items()][-SHOWN:]
+        calls = [f"{number} {operation} {size:,}" for number, (operation, size, _) in self.ring.items()][-SHOWN:]
         now = " (in it)" if self.inside else ""
         return f"  rank {self.rank}, {self.place}: {'; '.join(calls) or 'no collective yet'}{now}"
 
@@ -216,12 +244,23 @@ def read(memory: Any) -> Snapshot:
     _, rank, size, process, host = _HEADER.unpack_from(content)
     step, phase = _PLACE.unpack_from(content, _PLACE_AT)
     sequence, inside = _CALL.unpack_from(content, _CALL_AT)
-    entries = [_ENTRY.unpack_from(content, _RING_AT + number * _ENTRY.size) for number in range(RING)]
-    ring = {number: (_text(operation), size) for number, operation, size in sorted(entries) if number}
+    ring = {number: call for number, call in sorted(_entry(content, slot) for slot in range(RING)) if number}
     spoken = bool(_SPOKEN.unpack_from(content, _SPOKEN_AT)[0])
     return Snapshot(
         rank, size, process, _text(host), spoken, step, _text(phase) or "start", sequence, bool(inside), ring
     )
+
+
+def comparable(call: Call) -> Call:
+    """What all ranks must agree in; of these two the bytes may differ."""
+    operation, size, dtype = call
+    return operation, -1 if operation in ("allgather", "alltoall") else size, dtype
+
+
+def described(call: Call) -> str:
+    """For people: "allreduce of 1,024 bytes of float32"."""
+    operation, size, dtype = call
+    return operation + (f" of {size:,} bytes" if size > 0 else "") + (f" of {dtype}" if dtype else "")
 
 
 def report(culprits: Sequence[int], reason: str, snapshots: Mapping[int, Snapshot], trace: str = "") -> str:
@@ -252,9 +291,10 @@ def recorded(method: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if here.inside or not getattr(self, "counted", True):
             return method(self, *args, **kwargs)
-        here.enter(operation, _bytes(args))
+        here.enter(operation, *_moves(args))
         try:
             result = method(self, *args, **kwargs)
+            here.compare()
         except BaseException:
             here.fail()
             raise
@@ -289,9 +329,23 @@ def _map(path: str) -> Any:
         return mmap.mmap(file.fileno(), LENGTH)
 
 
-def _bytes(args: tuple[Any, ...]) -> int:
+def _entry(memory: Any, number: int) -> tuple[int, Call]:
+    """What the ring has in the place of collective `number`, and the number that it is of."""
+    found, operation, size, dtype = _ENTRY.unpack_from(memory, _RING_AT + number % RING * _ENTRY.size)
+    return found, (_text(operation), size, _text(dtype))
+
+
+def _moves(args: tuple[Any, ...]) -> tuple[int, bytes]:
+    """Bytes and dtype of a collective's first argument."""
     first = args[0] if args else b""
-    return len(first) if isinstance(first, bytes) else int(getattr(first, "nbytes", 0))  # the collective refuses others
+    if isinstance(first, bytes):
+        return len(first), b""
+    return int(getattr(first, "nbytes", 0)), _name(getattr(first, "dtype", None))  # the collective refuses others
+
+
+@functools.cache
+def _name(dtype: object) -> bytes:
+    return b"" if dtype is None else str(dtype).encode()[:16]
 
 
 def _text(padded: bytes) -> str:

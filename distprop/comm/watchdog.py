@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distprop.comm.recorder import Record, Snapshot, read
+from distprop.comm.recorder import SAME_CALLS, Record, Snapshot, comparable, described, read
 
 TIMEOUT_VARIABLE = "DISTPROP_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -208,7 +208,7 @@ class WatchdogThread:
 def _disagreement(known: Sequence[Snapshot]) -> Verdict | None:
     """The first collective that some ranks made another call of than others."""
     for number in sorted({number for snapshot in known for number in snapshot.ring}):
-        calls = {s.rank: _comparable(*s.ring[number]) for s in known if number in s.ring}
+        calls = {s.rank: comparable(s.ring[number]) for s in known if number in s.ring}
         if len(set(calls.values())) > 1:
             (commonest, count), (_, next_count) = Counter(calls.values()).most_common(2)
             if count == next_count and len(calls) < known[0].size:
@@ -217,15 +217,10 @@ def _disagreement(known: Sequence[Snapshot]) -> Verdict | None:
             others = [rank for rank, call in calls.items() if call == commonest]
             return Verdict(
                 odd,
-                f"called {_call(calls[odd[0]])} as collective {number}, where {_ranks(others)} called "
-                f"{_call(commonest)}; all ranks must call the same collectives in the same order",
+                f"called {described(calls[odd[0]])} as collective {number}, where {_ranks(others)} called "
+                f"{described(commonest)}; {SAME_CALLS}",
             )
     return None
-
-
-def _comparable(operation: str, size: int) -> tuple[str, int]:
-    """What all ranks must agree in; of these two the bytes may differ."""
-    return operation, -1 if operation in ("allgather", "alltoall") else size
 
 
 def _desertion(known: Sequence[Snapshot], waiting: Sequence[Snapshot]) -> Verdict | None:
@@ -275,11 +270,6 @@ def process_state(snapshot: Snapshot | None) -> str:
             "Z": "has died",
         }.get(letter, "")
     return ""
-
-
-def _call(call: tuple[str, int]) -> str:
-    operation, size = call
-    return operation if size <= 0 else f"{operation} of {size:,} bytes"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
