@@ -70,6 +70,7 @@ class Update:
         examples: Callable[[Any], float] = len,
     ) -> None:
         self.examples, self._warned = examples, False
+        self._bad = False  # this rank's loss was not finite in this step, which has been said
         self.parallel, self.loss, self.optimizer = parallel, loss, optimizer
         self.accumulate, self.clip_norm, self.shards = accumulate, clip_norm, shards
         self._health, self._timeline, self._wishes = health, timeline, wishes
@@ -80,6 +81,7 @@ class Update:
         Raises:
             NonFiniteLossError, NonFiniteGradientError: on every rank, and nothing has been updated.
         """
+        self._bad = False
         self.parallel.zero_grad()  # also those that are not the optimizer's: they are clipped together
         try:
             with self._health.looking(number):
@@ -141,7 +143,8 @@ class Update:
             if number < self.accumulate - 1:
                 with self._timeline("backward"), self.parallel.no_sync():
                     self.parallel.backward(weighed, examples=examples)
-        bad = not math.isfinite(tally.loss)
+        bad = not self._bad and not math.isfinite(tally.loss)  # a rank counts once, with however many shards
+        self._bad |= bad
         rank = self.parallel.comm.rank if bad else 0
         values = tally.loss, tally.correct, tally.labels, bad, rank, *(self._wishes() if wishes is None else wishes)
         self.parallel.send(**dict(zip(_SENT, values, strict=True)))

@@ -461,6 +461,17 @@ def several_ranks_whose_loss_is_not_finite_are_counted(comm: Communicator) -> No
     assert bits(model) == before
 
 
+@suite.scenario()
+def a_rank_whose_shards_are_all_not_finite_is_one_rank(comm: Communicator) -> None:
+    bad_rank, rows = comm.size - 1, order(0, 0, 16)
+    y = np.zeros((16, 3))
+    y[rows[share(16, bad_rank, comm.size)]] = np.nan
+    trainer = make_trainer(comm, make_model(), loss=F.mse_loss, batch_size=16, deterministic=True, shards=16)
+    with pytest.raises(NonFiniteLossError, match=f"not finite on rank {bad_rank} of {comm.size}") as caught:
+        trainer.fit(ArrayDataset(np.ones((16, 4)), y), steps=1)
+    assert caught.value.culprits == (bad_rank,)
+
+
 # --- arguments
 
 
