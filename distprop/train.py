@@ -251,8 +251,9 @@ class Trainer:
         """
         if epochs is None and steps is None:
             raise ValueError("fit() needs epochs or steps")
-        if not all(isinstance(number, int | None) for number in (epochs, steps)):
+        if not all(isinstance(number, int | np.integer | None) for number in (epochs, steps)):
             raise TypeError(f"epochs and steps are whole numbers, got {epochs!r} and {steps!r}")
+        epochs, steps = (None if number is None else int(number) for number in (epochs, steps))
         if (epochs or 0) < 0 or (steps or 0) < 0:
             raise ValueError(f"epochs and steps must be 0 or more, got {epochs} and {steps}")
         check_dataset(dataset)

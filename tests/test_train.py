@@ -4,6 +4,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +178,18 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = dp.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="2 of the optimizer's 2 parameters are not the model's"):
         dp.Trainer(model, dp.functional.mse_loss, optimizer, batch_size=1)
+
+
+def test_numbers_of_numpy_are_whole_numbers(tmp_path: Path) -> None:
+    """Also for `run.json`, for which they are none."""
+    model = dp.nn.Linear(2, 1)
+    trainer = dp.Trainer(
+        model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=np.int64(2), run_dir=tmp_path
+    )
+    data = ArrayDataset(np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32))
+    assert len(trainer.fit(data, epochs=np.int64(2), steps=np.int64(3))) == 2
+    (session,) = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    assert (session["batch_size"], session["epochs"], session["steps"]) == (2, 2, 3)
 
 
 @pytest.mark.parametrize(
