@@ -113,6 +113,8 @@ class DataParallel:
     ) -> None:
         if not isinstance(module, Module):
             raise TypeError(f"DataParallel wraps a Module of distprop.nn, got {module!r}")
+        if shards is not None and shards < 1:
+            raise ValueError(f"shards is the number of pieces of a global batch, 1 or more; got {shards}")
         if wire is not None and shards is not None:
             raise ValueError(
                 f"wire={wire!r} rounds what crosses the network, so the bits depend on the number of ranks; "

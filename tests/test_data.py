@@ -222,6 +222,7 @@ def test_batch_size_may_be_numpys_integer():
         (0, {"batch_size": 1}, "the dataset is empty"),
         (4, {"batch_size": 5, "drop_last": True}, "batch_size is 5 and there are 4"),
         (4, {"batch_size": 2, "seed": -1}, "the seed must be 0 or more"),
+        (4, {"batch_size": 2, "shards": 0}, "shards is the number of pieces .*, 1 or more; got 0"),
     ],
 )
 def test_loader_refuses(length, options, message):

@@ -107,3 +107,5 @@ def test_a_shard_outside_its_mode_is_an_error() -> None:
         parallel.end_shard()
     with pytest.raises(RuntimeError, match="shards=n"):
         parallel.reduce_shards()
+    with pytest.raises(ValueError, match="1 or more; got 0"):
+        dp.DataParallel(nn.Linear(2, 1), shards=0)

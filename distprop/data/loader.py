@@ -71,7 +71,7 @@ class Loader:
     so many batches are loaded ahead in a background thread, see `ahead`. `comm` needs only `rank` and `size`; without
     it this is a world of one. `epoch` is the number of the next epoch and may be set. A dataset with `at_epoch` is
     asked for its examples of each epoch. Raises TypeError if `batch_size` is not an integer, and ValueError if it is
-    below 1, if the seed is negative, or if an epoch would have no batch.
+    below 1, or `shards` is, if the seed is negative, or if an epoch would have no batch.
 
     >>> from distprop.data.dataset import ArrayDataset
     >>> loader = Loader(ArrayDataset(np.arange(5)), batch_size=2, shuffle=False)
@@ -96,6 +96,8 @@ class Loader:
             raise TypeError(f"batch_size must be an integer, got {batch_size!r} of type {type(batch_size).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size is the number of examples of a global batch, 1 or more; got {batch_size}")
+        if shards is not None and shards < 1:
+            raise ValueError(f"shards is the number of pieces of a global batch, 1 or more; got {shards}")
         if seed < 0:
             raise ValueError(f"the seed must be 0 or more, got {seed}")
         if prefetch < 0:
