@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distprop.functional.transposed import gradients as adjoint_gradients
 from distprop.functional.transposed import has_tiles, tiled_input_gradient
 from distprop.functional.windows import Pair, Window, patches, scatter
 from distprop.tape import Array
@@ -81,15 +82,10 @@ def gradients(images: Array, grad: Array, weight: Array, window: Window) -> tupl
     size = (images.shape[1], images.shape[2])
     if not is_correlation(window, size):
         return input_gradient(grad, weight, window, size), weight_gradient(images, grad, window)
-    outputs, channels = weight.shape[:2]
-    dx = np.empty_like(images)
-    matrix = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, channels)
-    total = np.zeros((channels, len(matrix)), images.dtype)
-    product = np.empty_like(total)
-    for where, windows in patches(grad, window.turned_round(size), _positions(grad, window, channels)):
-        np.matmul(windows, matrix, out=dx[where].reshape(-1, channels))
-        total += np.matmul(images[where].reshape(-1, channels).T, windows, out=product)
-    return dx, total.reshape(channels, *window.kernel, outputs)[:, ::-1, ::-1].transpose(3, 0, 1, 2)
+    turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+    positions = _positions(grad, window, images.shape[3])
+    dx, dw = adjoint_gradients(images, grad, turned, window.turned_round(size), positions)
+    return dx, dw[:, :, ::-1, ::-1].swapaxes(0, 1)
 
 
 def is_correlation(window: Window, size: Pair) -> bool:

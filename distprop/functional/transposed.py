@@ -44,14 +44,17 @@ def tiled_input_gradient(grad: Array, weight: Array, window: Window, size: Pair)
     return dx
 
 
-def gradients(images: Array, grad: Array, weight: Array, window: Window) -> tuple[Array, Array]:
-    """(dx, dw) of a transposed convolution, `correlate` of g and `weight_gradient`: the windows of g serve both."""
+def gradients(images: Array, grad: Array, weight: Array, window: Window, positions: int = 0) -> tuple[Array, Array]:
+    """(dx, dw) of a transposed convolution, `correlate` of g and `weight_gradient`: the windows of g serve both.
+
+    There are so many `positions` in a block, or as many as `BLOCK_BYTES` hold.
+    """
     inputs, outputs = weight.shape[:2]
     dx = np.empty_like(images)
     matrix = weight.transpose(2, 3, 1, 0).reshape(-1, inputs)
     total = np.zeros((inputs, len(matrix)), images.dtype)
     product = np.empty_like(total)
-    for where, windows in patches(grad, window, max(1, BLOCK_BYTES // (len(matrix) * grad.itemsize))):
+    for where, windows in patches(grad, window, positions or max(1, BLOCK_BYTES // (len(matrix) * grad.itemsize))):
         np.matmul(windows, matrix, out=dx[where].reshape(-1, inputs))
         total += np.matmul(images[where].reshape(-1, inputs).T, windows, out=product)
     return dx, total.reshape(inputs, *window.kernel, outputs).transpose(0, 3, 1, 2)
