@@ -21,9 +21,9 @@ def floating(operation: str, x: Tensor) -> None:
 def same_dtype(operation: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all are floating point of one dtype: a silent float64 halves the speed."""
     first, *others = tensors.values()
+    floating(operation, first)
     for x in others:
-        if x.dtype != first.dtype or x.dtype.kind != "f":
-            floating(operation, first)
+        if x.dtype != first.dtype:
             found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
             raise TypeError(f"{operation} needs one floating-point dtype, got {found}; convert with .astype(...)")
 
@@ -50,7 +50,6 @@ def affine_inputs(
     """x, γ and β as tensors of one floating-point dtype."""
     x = as_tensor(input)
     parameters = {name: as_tensor(p) for name, p in (("weight", weight), ("bias", bias)) if p is not None}
-    floating(operation, x)
     same_dtype(operation, x=x, **parameters)
     return x, parameters.get("weight"), parameters.get("bias")
 

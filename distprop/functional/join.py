@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from distprop.functional.check import floating, same_dtype, valid_axis
+from distprop.functional.check import same_dtype, valid_axis
 from distprop.tape import Array, Out, sum_to
 from distprop.tensor import Operand, Tensor, as_tensor, record
 
@@ -152,7 +152,6 @@ def _several(operation: str, tensors: Sequence[Operand]) -> tuple[Tensor, ...]:
     inputs = tuple(as_tensor(x) for x in tensors)
     if not inputs:
         raise ValueError(f"{operation} needs at least one tensor")
-    floating(operation, inputs[0])
     same_dtype(operation, **{f"number {i}": x for i, x in enumerate(inputs)})
     return inputs
 
