@@ -71,9 +71,8 @@ def scaled_dot_product_attention(
         o /= d
 
     def vjp(grad: Array, out: Out) -> list[Array | None]:
-        wanted = [tensor.requires_grad for tensor in inputs]
         dq, dk, dv = (np.empty_like(t.data) if t.requires_grad else None for t in (q, k, v))
-        dmask = np.empty(shape, q.dtype) if wanted[3:] == [True] else None
+        dmask = np.empty(shape, q.dtype) if mask is not None and mask.requires_grad else None
         for part in _blocks(shape):
             g = grad[part] / denominators[part]
             e = exps[part]
@@ -93,7 +92,7 @@ def scaled_dot_product_attention(
                 np.matmul(np.swapaxes(ds, -1, -2), scaled[part], out=dk[part])
             if dmask is not None:
                 dmask[part] = ds
-        masks = [] if len(inputs) == 3 else [None if dmask is None else sum_to(dmask, inputs[3].shape)]
+        masks = [] if mask is None else [None if dmask is None else sum_to(dmask, mask.shape)]
         return [dq, dk, dv, *masks]
 
     inputs = (q, k, v) if mask is None else (q, k, v, mask)

@@ -73,7 +73,8 @@ def batch_norm(
             count, mean, squares = _combined(comm, count, mean, squares)
         var = squares / max(count, 1)
         if count > 1 and estimates:
-            _move(estimates, (mean, squares / (count - 1)), momentum)
+            for estimate, new in zip(estimates, (mean, squares / (count - 1)), strict=True):
+                estimate[...] = (1 - momentum) * estimate + momentum * new
     else:
         comm, count, (mean, var) = None, 0, (estimate.astype(np.float64) for estimate in estimates)
     scale = 1 / np.sqrt(var + eps)
@@ -214,11 +215,6 @@ def _combined(comm: Communicator, count: int, mean: Array, squares: Array) -> tu
     total = int(counts.sum())
     mean = (counts * means).sum(axis=0) / max(total, 1)
     return total, mean, (all_squares + counts * (means - mean) ** 2).sum(axis=0)
-
-
-def _move(estimates: tuple[Array, ...], towards: tuple[Array, ...], share: float) -> None:
-    for estimate, value in zip(estimates, towards, strict=True):
-        estimate[...] = (1 - share) * estimate + share * value
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, estimates: tuple[Array, ...], training: bool) -> None:

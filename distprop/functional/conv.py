@@ -108,11 +108,7 @@ def conv_transpose2d(
             dw = grouped.weight_gradient(g, images, window, groups)
         if b is not None and b.requires_grad:
             db = _bias_gradient(g, out[2])
-        return [
-            None if dx is None else channels_second(dx),
-            placed(dw, w, out[1]),
-            db,
-        ][: len(inputs)]
+        return [None if dx is None else channels_second(dx), placed(dw, w, out[1]), db][: len(inputs)]
 
     return record(channels_second(value), inputs, vjp)
 
@@ -141,11 +137,7 @@ def _convolution(
         g = channels_last(grad)
         dx, dw = _gradients(images, g, kernel, window, groups, x.requires_grad, w.requires_grad)
         db = None if b is None or not b.requires_grad else _bias_gradient(g, out[2])
-        return [
-            None if dx is None else channels_second(dx, x.ndim),
-            placed(dw, w, out[1]),
-            db,
-        ][: len(inputs)]
+        return [None if dx is None else channels_second(dx, x.ndim), placed(dw, w, out[1]), db][: len(inputs)]
 
     return record(channels_second(value, x.ndim), inputs, vjp)
 

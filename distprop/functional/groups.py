@@ -57,13 +57,12 @@ def weight_gradient(images: Array, grad: Array, window: Window, groups: int) -> 
 def gradients(images: Array, grad: Array, weight: Array, window: Window, groups: int) -> tuple[Array, Array]:
     """See `correlate.gradients`."""
     size = (images.shape[1], images.shape[2])
-    if depthwise.suits(weight.shape[1], groups):
-        return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
-    if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
-        turned = kernel_rows.turned_round(weight, groups)
-        return kernel_rows.gradients(images, grad, turned, window.turned_round(size), groups)
-    if groups == 1 and not kernel_rows.suits(weight.shape[1], len(weight), window):
-        return single.gradients(images, grad, weight, window)
+    if not depthwise.suits(weight.shape[1], groups):
+        if single.is_correlation(window, size) and kernel_rows.suits(len(weight) // groups, weight.shape[1], window):
+            turned = kernel_rows.turned_round(weight, groups)
+            return kernel_rows.gradients(images, grad, turned, window.turned_round(size), groups)
+        if groups == 1 and not kernel_rows.suits(weight.shape[1], len(weight), window):
+            return single.gradients(images, grad, weight, window)
     return input_gradient(grad, weight, window, size, groups), weight_gradient(images, grad, window, groups)
 
 

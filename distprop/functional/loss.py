@@ -110,14 +110,7 @@ def nll_loss(
 
 def mse_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """(x − y)², the mean over all elements. Derivative: 2(x − y), and the opposite for y."""
-    return _difference(
-        "mse_loss",
-        input,
-        target,
-        reduction,
-        lambda d, out: np.multiply(d, d, out=out),
-        lambda d, out: np.multiply(d, 2, out=out),
-    )
+    return _difference("mse_loss", input, target, reduction, np.square, lambda d, out: np.multiply(d, 2, out=out))
 
 
 def l1_loss(input: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
