@@ -6,7 +6,6 @@ import operator
 
 import numpy as np
 
-from distprop.tape import Array
 from distprop.tensor import Operand, Tensor, as_tensor
 
 
@@ -68,19 +67,3 @@ def valid_axis(operation: str, dim: int, shape: tuple[int, ...]) -> int:
     if not -len(shape) <= dim < len(shape):
         raise IndexError(f"{operation} got dim {dim}, which is out of range for shape {shape}")
     return dim % len(shape)
-
-
-def class_indices(operation: str, target: Array, classes: int, ignore_index: int | None = None) -> None:
-    """Raise unless `target` holds integers in [0, classes), or `ignore_index`."""
-    if target.dtype.kind not in "iu":
-        raise TypeError(f"{operation} needs integer class labels, got dtype {target.dtype}")
-    if target.size and (target.min() < 0 or target.max() >= classes):
-        outside = (target < 0) | (target >= classes)
-        if ignore_index is not None:
-            outside &= target != ignore_index
-        if outside.any():
-            where = tuple(int(i) for i in np.argwhere(outside)[0])
-            raise IndexError(
-                f"{operation} got label {target[where]} at position {', '.join(map(str, where))}; "
-                f"with {classes} classes labels go from 0 to {classes - 1}"
-            )

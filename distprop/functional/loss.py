@@ -13,7 +13,7 @@ import numpy as np
 
 from distprop.allocator import aligned_empty, aligned_like
 from distprop.functional.activation import log1p_of
-from distprop.functional.check import class_indices, floating
+from distprop.functional.check import floating
 from distprop.functional.pointwise import in_rows, row_sums
 from distprop.pieces import in_pieces
 from distprop.tape import Array, Out
@@ -222,12 +222,21 @@ def _expected(q: Array, log_p: Array) -> Array:
 
 
 def _check_labels(operation: str, x: Tensor, labels: Array, ignore_index: int) -> None:
-    expected = (x.shape[0], *x.shape[2:])
+    expected, classes = (x.shape[0], *x.shape[2:]), x.shape[1]
     if labels.shape != expected:
         raise ValueError(
             f"{operation} got labels of shape {labels.shape} for scores of shape {x.shape}; expected {expected}"
         )
-    class_indices(operation, labels, x.shape[1], ignore_index)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{operation} needs integer class labels, got dtype {labels.dtype}")
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        outside = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+        if outside.any():
+            where = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise IndexError(
+                f"{operation} got label {labels[where]} at position {', '.join(map(str, where))}; "
+                f"with {classes} classes labels go from 0 to {classes - 1}"
+            )
 
 
 def _whole(array: Array, shape: tuple[int, ...]) -> Array:
