@@ -5,7 +5,6 @@ Every weight and bias starts uniform on ±1/√fan_in, fan_in being the numbers 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +14,9 @@ from numpy.typing import DTypeLike
 from distprop import functional as F
 from distprop.functional.check import integer
 from distprop.functional.geometry import Size, pair
-from distprop.nn import init
+from distprop.nn.layers import first_weights
 from distprop.nn.module import Module
-from distprop.tensor import Operand, Parameter, Tensor
+from distprop.tensor import Operand, Tensor
 
 
 class _Convolution(Module):
@@ -47,9 +46,8 @@ class _Convolution(Module):
         self.padding = padding if isinstance(padding, str) else _sizes(self, "padding", padding, 0)
         self.padding_mode = padding_mode
         self._check_padding()
-        self.weight, self.bias = _first(
-            (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias, dtype
-        )
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight, self.bias = first_weights(shape, out_channels, bias, dtype)
 
     def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
@@ -139,9 +137,8 @@ class ConvTranspose2d(Module):
         self.stride, self.dilation = _sizes(self, "stride", stride, 1), _sizes(self, "dilation", dilation, 1)
         self.padding = _sizes(self, "padding", padding, 0)
         self.output_padding = _sizes(self, "output_padding", output_padding, 0)
-        self.weight, self.bias = _first(
-            (in_channels, out_channels // groups, *self.kernel_size), out_channels, bias, dtype
-        )
+        shape = (in_channels, out_channels // groups, *self.kernel_size)
+        self.weight, self.bias = first_weights(shape, out_channels, bias, dtype)
 
     def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
@@ -153,15 +150,6 @@ class ConvTranspose2d(Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return _arguments(self, padding=(0, 0), output_padding=(0, 0), dilation=(1, 1))
-
-
-def _first(shape: tuple[int, ...], outputs: int, bias: bool, dtype: DTypeLike) -> tuple[Parameter, Parameter | None]:
-    """A new weight and bias, uniform on ±1/√fan_in."""
-    weight = init.kaiming_uniform_(Parameter(np.empty(shape, dtype)), a=math.sqrt(5))
-    if not bias:
-        return weight, None
-    bound = 1 / math.sqrt(init.fans(weight)[0])
-    return weight, init.uniform_(Parameter(np.empty(outputs, dtype)), -bound, bound)
 
 
 def _sizes(layer: Any, name: str, value: Size, least: int) -> tuple[int, ...]:

@@ -32,11 +32,7 @@ class Linear(Module):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear needs at least one feature on each side, got ({in_features}, {out_features})")
         self.in_features, self.out_features = in_features, out_features
-        self.weight = init.kaiming_uniform_(Parameter(np.empty((out_features, in_features), dtype)), a=math.sqrt(5))
-        self.bias: Parameter | None = None
-        if bias:
-            bound = 1 / math.sqrt(in_features)
-            self.bias = init.uniform_(Parameter(np.empty(out_features, dtype)), -bound, bound)
+        self.weight, self.bias = first_weights((out_features, in_features), out_features, bias, dtype)
 
     def forward(self, input: Operand) -> Tensor:
         """The layer's output."""
@@ -54,6 +50,17 @@ class Linear(Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{self.in_features}, {self.out_features}{'' if self.bias is not None else ', bias=False'}"
+
+
+def first_weights(
+    shape: tuple[int, ...], outputs: int, bias: bool, dtype: DTypeLike
+) -> tuple[Parameter, Parameter | None]:
+    """A new weight of that `shape` and a bias for so many `outputs`, uniform on ±1/√fan_in."""
+    weight = init.kaiming_uniform_(Parameter(np.empty(shape, dtype)), a=math.sqrt(5))
+    if not bias:
+        return weight, None
+    bound = 1 / math.sqrt(init.fans(weight)[0])
+    return weight, init.uniform_(Parameter(np.empty(outputs, dtype)), -bound, bound)
 
 
 class ReLU(Module):
