@@ -7,27 +7,15 @@ from the front. Behind the gradients lie a few spare numbers, the control lane: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from distprop.comm.node import Node
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
 LANE_LENGTH = 16  # numbers behind the gradients
-
-
-class Sharers(Protocol):
-    """Ranks that see the same memory, such as `distprop.comm.node.Node`."""
-
-    def allocate_common(self, length: int, dtype: Any) -> Array | None:
-        """One array of zeros `(length,)` for all; None if there is none to be had. All call it."""
-
-    def own_slice(self, array: Array) -> slice:
-        """The part of an array of all that is this rank's; the parts cover it, and none meets another."""
-
-    def barrier(self) -> None:
-        """Wait for all."""
 
 
 class FlatBuffer:
@@ -42,7 +30,7 @@ class FlatBuffer:
         extra: room for other numbers that travel with the gradients, `(extra,)`.
         lane: the control lane, `(LANE_LENGTH,)`.
         message: gradients, extra and lane, one block of memory.
-        sharers: the ranks that have one `data` between them, after `share`; else None.
+        sharers: the ranks of the node, which have one `data` between them, after `share`; else None.
         sums: how many times the gradients were summed over the ranks, where somebody does that and counts; else None.
 
     Raises:
@@ -62,7 +50,7 @@ class FlatBuffer:
         self.data: Array = np.empty(size, dtypes[0])
         self.message: Array = allocate(size + extra + LANE_LENGTH, dtypes[0])
         self.grad, self.extra, self.lane = np.split(self.message, [size, size + extra])
-        self.sharers: Sharers | None = None
+        self.sharers: Node | None = None
         self.sums: int | None = None
         self._starts: dict[int, int] = {}
         start = 0
@@ -76,7 +64,7 @@ class FlatBuffer:
         start = self._starts[id(parameter)]
         return start, start + parameter.data.size
 
-    def share(self, sharers: Sharers, common: Array) -> None:
+    def share(self, sharers: Node, common: Array) -> None:
         """Keep the values in `common`, `(size,)`, which all `sharers` see; now they are the same on each of them.
 
         From now on each of them changes only its `own` part, between two barriers.

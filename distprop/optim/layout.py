@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from distprop.buffer import FlatBuffer, Sharers, shared_buffer
+from distprop.buffer import FlatBuffer, shared_buffer
+from distprop.comm.node import Node
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
@@ -148,14 +149,14 @@ def give_buffers(parameters: Sequence[Parameter]) -> None:
         shared_buffer(homeless)
 
 
-def sharers_of(parameters: Sequence[Parameter]) -> list[Sharers]:
+def sharers_of(parameters: Sequence[Parameter]) -> list[Node]:
     """Who shares the memory of the parameters' buffers, where ranks do; each once, in the same order on all of them."""
     buffers = (parameter.buffer for parameter in parameters)
     sharers = (buffer.sharers for buffer in buffers if isinstance(buffer, FlatBuffer))
     return list(dict.fromkeys(ranks for ranks in sharers if ranks is not None))
 
 
-def meet(sharers: Sequence[Sharers]) -> None:
+def meet(sharers: Sequence[Node]) -> None:
     """Wait for the ranks that share memory."""
     for ranks in sharers:
         ranks.barrier()

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from distprop.buffer import FlatBuffer, Sharers, fill_missing
+from distprop.buffer import FlatBuffer, fill_missing
+from distprop.comm.node import Node
 from distprop.optim.groups import ParameterGroups, filled_groups
 from distprop.optim.layout import (
     CHUNK_BYTES,
@@ -64,7 +65,7 @@ class Optimizer:
         self._frozen: list[int] = []
         self._laid_out_for: object = None
         self._plan: dict[tuple[int, int], list[list[Chunk]]] = {}
-        self._sharers: list[Sharers] = []
+        self._sharers: list[Node] = []
         self._sums: dict[FlatBuffer, int | None] = {}  # of each buffer whose gradients are summed, at the last step
         self._warned = False
 
