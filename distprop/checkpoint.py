@@ -64,8 +64,9 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
     name = f"step-{checkpoint.step:09d}"
     partial, final = root / f".{name}.partial", root / name
     _remove(partial)  # left by a writer that was killed
-    if is_whole(final):  # this step has been written before; a resumed run passes it again
-        return final
+    with contextlib.suppress(CheckpointError):
+        read(final)
+        return final  # this step has been written before; a resumed run passes it again
     try:
         partial.mkdir()
         files = {
@@ -111,15 +112,6 @@ def read(folder: Path) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return Checkpoint(state.pop("step"), tensors, state)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint that can be read."""
-    try:
-        read(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def newest(root: Path, report: Callable[[str], object], before: float = math.inf) -> Checkpoint | None:

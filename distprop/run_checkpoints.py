@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,9 @@ class RunCheckpoints:
                 _warn(f"{self._run_dir} has no checkpoint to go on from and starts anew; before: {', '.join(aside)}")
         self._report.began(self._run_dir, step)
         if writes and self._comm.rank == 0:
-            self._writer = self._new_writer(root, self._run_dir)
+            self._writer = checkpoint.Writer(root, _warn, partial(self._report.reached, self._run_dir))
+            size = 3 * sum(parameter.data.nbytes for parameter in self._model.parameters())  # with an optimizer's state
+            self._writer.seconds = size / DISK_BYTES_PER_SECOND
             self._writer.best_step = found.state["best_step"] if found is not None else None
         return found
 
@@ -146,12 +149,6 @@ class RunCheckpoints:
         """Return when the write under way has ended."""
         if self._writer is not None:
             self._writer.wait()
-
-    def _new_writer(self, root: Path, run_dir: Path) -> checkpoint.Writer:
-        writer = checkpoint.Writer(root, _warn, lambda step: self._report.reached(run_dir, step))
-        size = 3 * sum(parameter.data.nbytes for parameter in self._model.parameters())  # with an optimizer's state
-        writer.seconds = size / DISK_BYTES_PER_SECOND
-        return writer
 
 
 def _warn(message: str) -> None:
