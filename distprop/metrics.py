@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import numpy as np
@@ -101,8 +100,8 @@ def classifies(output: Any, target: Array) -> bool:
 class MetricsFile:
     """`metrics.jsonl` in `run_dir`: one JSON object a line, for every step and every epoch. None writes no file.
 
-    `logs`, which have methods `log(line)` and `flush()`, get the same lines. They are flushed once a second: a reader
-    sees a run that is still going. When the disk is full, standard error says so once and training goes on.
+    It is flushed once a second: a reader sees a run that is still going. When the disk is full, standard error says so
+    once and training goes on. `logs`, which have methods `log(line)` and `flush()`, get the same lines.
     """
 
     def __init__(self, run_dir: Path | None, logs: Sequence[Any] = ()) -> None:
@@ -147,9 +146,7 @@ class MetricsFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for log in self._logs:
             log.flush()
         if self._file is not None:
