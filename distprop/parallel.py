@@ -311,8 +311,7 @@ class DataParallel:
             self.zero_grad()
         self._walking = True
         here.at(recorder.BACKWARD)
-        given = examples if self._examples_given is None else self._examples_given
-        return given / (self._divisor or self.expected_examples)
+        return examples / (self._divisor or self.expected_examples)
 
     def _weigh_as(self, other: DataParallel) -> None:
         """One backward pass, with one weight, goes through this model and another one, such as those of a GAN."""
@@ -525,12 +524,14 @@ class _ForwardPass:
     def begin(self, first: BackwardPass | None) -> float:
         if isinstance(first, _ForwardPass) and first.examples == self.examples:
             self.parallel._weigh_as(first.parallel)
-        return self.parallel._begin(self.examples)
+        return self.parallel._begin(self._counted())
 
     def end(self) -> None:
-        self.parallel._end(
-            self.parallel._examples_given if self.parallel._examples_given is not None else self.examples
-        )
+        self.parallel._end(self._counted())
+
+    def _counted(self) -> float:
+        given = self.parallel._examples_given
+        return self.examples if given is None else given
 
 
 def _mark(output: Any, forward_pass: _ForwardPass) -> bool:
