@@ -32,7 +32,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; says which key, and what was expected."""
 
 
-class Data(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True, omit_defaults=False):
+class Data(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Where the examples come from."""
 
     name: Literal["digits", "mnist", "npz"] = "digits"

@@ -206,8 +206,8 @@ def show(answer: Answer) -> None:
     sent = f"{answer.steps.message_bytes / 1e6:.3g} MB"
     title = f"{answer.name}: {answer.batch:,} rows {kept}; a step sends {sent}"
     console.print(title, *answer.notes, "", sep="\n", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("ranks", "hosts", "step", "Allreduce", "samples/s", "efficiency", f"{_NAMES[weak]} for 90 %"):
+    table, needed = Table(box=None, pad_edge=False), "rows a rank" if weak else "batch"
+    for heading in ("ranks", "hosts", "step", "Allreduce", "samples/s", "efficiency", f"{needed} for 90 %"):
         table.add_column(heading, justify="right")
     for forecast in answer.forecasts:
         enough = forecast.enough_rows * (1 if weak else forecast.ranks)
@@ -225,9 +225,6 @@ def show(answer: Answer) -> None:
     console.print(f"\nspeed-up over one rank (* predicted, . ideal)\n{as_text(answer.points())}\n", markup=False)
     for line in verdicts(answer.forecasts):
         console.print(f"[bold]{line}[/bold]", soft_wrap=True)
-
-
-_NAMES = {True: "rows a rank", False: "batch"}  # with which the efficiency is 90 %
 
 
 def describe(link: Link) -> str:

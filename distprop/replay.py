@@ -39,17 +39,9 @@ if TYPE_CHECKING:
 
 FOLDER = "replay"  # in the folder of the run
 _IDENTITY = (
-    "seed",
-    "batch_size",
-    "shards",
-    "accumulate",
-    "deterministic",
-    "clip_norm",
-    "examples",
-    "model",
-    "optimizer",
-    "loss",
-)
+    "seed", "batch_size", "shards", "accumulate", "deterministic", "clip_norm", "examples",
+    "model", "optimizer", "loss",
+)  # fmt: skip
 
 
 class ReplayError(ValueError):
