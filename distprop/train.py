@@ -396,7 +396,8 @@ class Trainer:
         """Whether a callback on any rank wants to stop; costs one small Allreduce, and only if there are callbacks."""
         if not self.callbacks:
             return False
-        wishes = [callback(result) for callback in self.callbacks].count(True)
+        answers = [callback(result) for callback in self.callbacks]
+        wishes = sum(isinstance(answer, bool | np.bool_) and bool(answer) for answer in answers)  # 1 == True, too
         return bool(self.comm.allreduce(np.array([wishes], np.float64))[0])
 
     def _step(self, batch: Batch, rows: int) -> StepResult:

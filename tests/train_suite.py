@@ -1,5 +1,6 @@
 """What `Trainer` promises, on any number of ranks."""
 
+import io
 import json
 import shutil
 import tempfile
@@ -324,6 +325,17 @@ def a_callback_that_returns_true_stops_all_ranks_at_that_step(comm: Communicator
     trainer.callbacks.clear()
     trainer.fit(classes(10), epochs=1)
     assert trainer.step == 6  # the last batch of that epoch
+
+
+@suite.scenario()
+def a_callback_that_returns_something_else_than_true_does_not_stop(comm: Communicator) -> None:
+    """Such as the number of characters that it has written. NumPy's comparisons do."""
+    trainer = make_trainer(comm, callbacks=[lambda result: io.StringIO().write("."), lambda result: 1.0])
+    trainer.fit(classes(10), epochs=1)
+    assert trainer.step == 3
+    trainer.callbacks.append(lambda result: np.float64(result.loss) > 0)
+    trainer.fit(classes(10), epochs=1)
+    assert trainer.step == 4
 
 
 @suite.scenario()
