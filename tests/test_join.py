@@ -202,7 +202,7 @@ def test_where_takes_numbers_in_the_other_ones_dtype():
         (lambda: F.take(np.ones((2, 3)), [[0], [-3]], 0), IndexError, r"index -3 at position 1, 0 of shape \(2, 1\)"),
         (lambda: F.take(np.ones((2, 3)), 6), IndexError, "index 6"),
         (lambda: F.take(np.ones(3), 1.0), TypeError, "integer indices, got dtype float"),
-        (lambda: F.take(np.ones(3), 1, 1), IndexError, r"dim 1 for x of shape \(3,\)"),
+        (lambda: F.take(np.ones(3), 1, 1), IndexError, r"take got dim 1, which is out of range for shape \(3,\)"),
     ],
 )
 def test_what_is_wrong_is_said(call, error, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distprop.functional.check import floating
+from distprop.functional.check import floating, valid_axis
 from distprop.rows import add_rows
 from distprop.tape import Array, Out
 from distprop.tensor import Operand, Tensor, as_tensor, record
@@ -57,9 +57,7 @@ def take(input: Operand, indices: Operand, dim: int | None = None) -> Tensor:
         TypeError: indices that are not integers.
     """
     x, index = as_tensor(input), as_tensor(indices).data
-    if dim is not None and not -x.ndim <= dim < x.ndim:
-        raise IndexError(f"take got dim {dim} for x of shape {x.shape}")
-    axis = None if dim is None else dim % x.ndim
+    axis = None if dim is None else valid_axis("take", dim, x.shape)
     count = x.data.size if axis is None else x.shape[axis]
     check_indices("take", index, count, negative=True)
     wrapped = index.astype(np.intp)

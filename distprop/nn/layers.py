@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from distprop import functional as F
 from distprop.functional.activation import check_approximation
 from distprop.functional.check import integer
+from distprop.functional.dropout import check_probability
 from distprop.nn import init
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
@@ -183,8 +184,7 @@ class Dropout(Module):
     """Zero each element with probability `p` while training; the identity in `eval()` mode. `inplace` has no effect."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if not 0 <= p <= 1:
-            raise ValueError(f"Dropout needs a probability between 0 and 1, got {p}")
+        check_probability("Dropout", p)
         self.p, self.inplace = p, inplace
 
     def forward(self, input: Operand) -> Tensor:
