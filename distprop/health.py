@@ -81,7 +81,7 @@ def norm(array: Array) -> float:
 
 
 class Health:
-    """Looks at `model` every so many steps of `Trainer`; the passengers of its `DataParallel`. `every` 0 never looks.
+    """Looks at `model` every so many steps of `Trainer`; the `Extra` of its `DataParallel`. `every` 0 never looks.
 
     A step is: the passes inside `looking`, then `before_update`, the update, `after_update`; then `take` has the look.
     Units are those of the modules `nn.ReLU`, `nn.Sigmoid` and `nn.Tanh`, not of functions that are called in a
@@ -138,25 +138,25 @@ class Health:
             self._own[begin : begin + classes] += np.bincount(found.reshape(-1), minlength=classes)
 
     def after_backward(self, examples: float, weight: float) -> None:
-        """See `parallel.Passengers`."""
+        """See `parallel.Extra`."""
         if self._looks and examples:
             grads = [p.grad for _, p in self._parameters if p.grad is not None]
             square = sum(norm(grad) ** 2 for grad in grads) * (self._accumulate / weight) ** 2
             self._own[:3] += examples * square, examples, 1
 
-    def board(self, seats: Array) -> None:
-        """See `parallel.Passengers`."""
+    def before_sum(self, numbers: Array) -> None:
+        """See `parallel.Extra`."""
         if self._looks:
             began, self._clock = self._clock, (time.perf_counter(), here.waited)
             self._own[3 + self._comm.rank] = self._clock[0] - began[0] - (self._clock[1] - began[1])
             with np.errstate(over="ignore"):
-                seats[:] = self._own
+                numbers[:] = self._own
             self._own[:] = 0
 
-    def alight(self, seats: Array) -> None:
-        """See `parallel.Passengers`."""
+    def after_sum(self, numbers: Array) -> None:
+        """See `parallel.Extra`."""
         if self._looks:
-            self._sums[:] = seats
+            self._sums[:] = numbers
 
     def before_update(self) -> None:
         """The mean gradients are there, and not clipped yet."""

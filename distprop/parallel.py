@@ -45,7 +45,7 @@ class NonFiniteGradientError(FloatingPointError):
         self.culprits = culprits
 
 
-class Passengers(Protocol):
+class Extra(Protocol):
     """Someone else's numbers, `size` of them every time, that travel behind the gradients and are summed with them."""
 
     size: int
@@ -53,10 +53,10 @@ class Passengers(Protocol):
     def after_backward(self, examples: float, weight: float) -> None:
         """The first backward pass since the last message has left `weight` times its mean gradient on this rank."""
 
-    def board(self, seats: Array) -> None:
-        """Write into `seats`, `(size,)`, which are zero; a message is about to leave."""
+    def before_sum(self, numbers: Array) -> None:
+        """Write into `numbers`, `(size,)`, which are zero; the message is about to be summed."""
 
-    def alight(self, seats: Array) -> None:
+    def after_sum(self, numbers: Array) -> None:
         """Read the sums over all senders."""
 
 
@@ -89,7 +89,7 @@ class DataParallel:
         sharded_update: the ranks of a node have one copy of the parameters and of the optimizer's state between them,
             each updates its slice, and `optimizer.step()` is collective. Whatever else changes a parameter does so on
             one rank of the node, between two barriers.
-        passengers: what else travels with the gradients; `send` is for a few numbers, this for hundreds.
+        extra: what else travels with the gradients; `send` is for a few numbers, this for hundreds.
 
     Raises:
         ValueError: the ranks' models differ in names, shapes or dtypes, or there is nothing to train.
@@ -109,7 +109,7 @@ class DataParallel:
         shards: int | None = None,
         wire: Literal["bf16", "fp16"] | None = None,
         sharded_update: bool = False,
-        passengers: Passengers | None = None,
+        extra: Extra | None = None,
     ) -> None:
         if not isinstance(module, Module):
             raise TypeError(f"DataParallel wraps a Module of distprop.nn, got {module!r}")
@@ -138,7 +138,7 @@ class DataParallel:
             )
         compare_layout(module, self.comm)
         self._statistics = RunningStatistics(module)
-        self._passengers = passengers
+        self._extra = extra
         self.wire, self.shards, self.sharded_update = wire, shards, sharded_update
         self._place_parameters()
         self._pace = Pace()
@@ -324,8 +324,8 @@ class DataParallel:
         self._walking = False
         self._examples += examples
         self._backwards += 1
-        if self._passengers is not None and self._backwards == 1:
-            self._passengers.after_backward(examples, examples / (self._divisor or self.expected_examples))
+        if self._extra is not None and self._backwards == 1:
+            self._extra.after_backward(examples, examples / (self._divisor or self.expected_examples))
         if self._syncing and self._tree is None:
             self._reduce()
         elif self._untouched():
@@ -381,8 +381,8 @@ class DataParallel:
         self._divisor = None
 
     def _board(self) -> None:
-        if self._passengers is not None:
-            self._passengers.board(self._buffer.extra[self._statistics.size :])
+        if self._extra is not None:
+            self._extra.before_sum(self._buffer.extra[self._statistics.size :])
 
     def _write_lane(self) -> None:
         bad = self._sum.look()
@@ -406,8 +406,8 @@ class DataParallel:
         refused = bool(received.bad) or bad
         if self._statistics.size and not refused:
             self._statistics.apply(self._buffer.extra[: self._statistics.size])
-        if self._passengers is not None:
-            self._passengers.alight(self._buffer.extra[self._statistics.size :])
+        if self._extra is not None:
+            self._extra.after_sum(self._buffer.extra[self._statistics.size :])
         self._buffer.extra[:] = 0
         self._examples, self._backwards, self._kept, self._sending = 0.0, 0, None, {}
         self.reductions += 1
@@ -465,7 +465,7 @@ class DataParallel:
                     f"{self._names[id(parameter)]} is {parameter.dtype}; gradients are summed in float32 or float64, "
                     "and counts travel with them, for which 16 bits are too few: model.float()"
                 )
-        extra = self._statistics.size + (self._passengers.size if self._passengers is not None else 0)
+        extra = self._statistics.size + (self._extra.size if self._extra is not None else 0)
         self._buffer = FlatBuffer(self._trained, extra, self.comm.allocate)
         if self.comm.size > 1 and self.comm.rank == 0:
             self._buffer.sums = 0  # so that an optimizer's warning is said once

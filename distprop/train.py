@@ -177,7 +177,7 @@ class Trainer:
         self.verdicts: list[Verdict] = []  # what was wrong so far
         self._diagnosis = Diagnosis(clipped=clip_norm is not None)
         self.parallel = DataParallel(
-            model, self.comm, shards=self.shards, wire=wire, sharded_update=sharded_update, passengers=self._health
+            model, self.comm, shards=self.shards, wire=wire, sharded_update=sharded_update, extra=self._health
         )
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
         self.examples: Callable[[Any], float] = len if examples is None else examples
