@@ -340,9 +340,7 @@ class DataParallel:
         if self._tree is None:
             raise RuntimeError("end_shard() is for DataParallel(..., shards=n)")
         self._fill_missing()
-        self._weigh_anew()
-        self._write_lane()
-        self._board()
+        self._prepare()
         self._tree.add(self._buffer.message)
         self._buffer.extra[:] = 0
         self.zero_grad()
@@ -366,29 +364,23 @@ class DataParallel:
         self._fill_missing()
         here.at(recorder.REDUCTION)
         self._verify_every_so_often()
-        self._weigh_anew()
-        self._write_lane()
-        self._board()
+        self._prepare()
         began = time.perf_counter_ns()
         bad = self._sum.allreduce()
         self.reduced = (began, time.perf_counter_ns())
         self._finish(self.comm.size, bad)
 
-    def _weigh_anew(self) -> None:
-        """Give this rank's gradients the weight that those of all ranks have, also of one without a backward pass."""
-        if self._divisor not in (None, self.expected_examples):
+    def _prepare(self) -> None:
+        """Complete the message that is about to be summed: what lies behind the gradients, and their weight."""
+        if self._divisor not in (None, self.expected_examples):  # not that of the others' gradients
             self._buffer.grad *= self._buffer.grad.dtype.type(self._divisor / self.expected_examples)
         self._divisor = None
-
-    def _board(self) -> None:
-        if self._extra is not None:
-            self._extra.before_sum(self._buffer.extra[self._statistics.size :])
-
-    def _write_lane(self) -> None:
         bad = self._sum.look()
         verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
         numbers = self._examples, self._backwards, self.reductions, self._sending
         write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
+        if self._extra is not None:
+            self._extra.before_sum(self._buffer.extra[self._statistics.size :])
 
     def _finish(self, senders: int, bad: bool = False) -> None:
         """Turn the summed message into means."""

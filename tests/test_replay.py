@@ -55,12 +55,12 @@ class Seen(list):
 
     def watch(self, trainer: dp.Trainer) -> None:
         parallel, rank, loss = trainer.parallel, trainer.comm.rank, trainer.loss
-        write, dropout = parallel._write_lane, trainer.model[3].forward
+        prepare, dropout = parallel._prepare, trainer.model[3].forward
 
         def before_reduction() -> None:
             scale = parallel.expected_examples * trainer.accumulate
             self.append((rank, trainer.step + 1, "gradient", (parallel._buffer.grad.copy(), scale)))
-            write()
+            prepare()
 
         def masked(x):
             output = dropout(x)
@@ -74,7 +74,7 @@ class Seen(list):
             return loss(output, target)
 
         noting.__name__ = loss.__name__  # run.json has it
-        parallel._write_lane, trainer.model[3].forward, trainer.loss = before_reduction, masked, noting
+        parallel._prepare, trainer.model[3].forward, trainer.loss = before_reduction, masked, noting
 
     def of(self, rank: int, step: int, what: str) -> list:
         return [value for *where, value in self if where == [rank, step, what]]
