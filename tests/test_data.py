@@ -230,6 +230,19 @@ def test_loader_refuses(length, options, message):
         Loader(ArrayDataset(np.arange(length)), **options)
 
 
+def test_an_epoch_of_another_length_is_refused():
+    """Its last rows would never be served, or its batches would have fewer rows than the ranks count on."""
+
+    class Growing(ArrayDataset):
+        def at_epoch(self, epoch):
+            return ArrayDataset(np.arange(4 + epoch))
+
+    loader = Loader(Growing(np.arange(4)), batch_size=2)
+    assert len(list(loader)) == 2
+    with pytest.raises(ValueError, match="epoch 1 of Growing has 5 examples, where it said 4"):
+        list(loader)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

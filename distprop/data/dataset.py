@@ -16,7 +16,8 @@ class Dataset(Protocol):
     """Anything that hands out many examples at once. A class of your own needs these two methods, and no base class.
 
     One whose examples change from epoch to epoch has a third, `at_epoch(epoch)`, that returns the dataset of that
-    epoch; a `Loader` calls it. It must be another object: the last epoch's batches may still be in use.
+    epoch, as long as this one; a `Loader` calls it. It must be another object: the last epoch's batches may still be in
+    use.
     """
 
     def __len__(self) -> int:

@@ -149,6 +149,9 @@ class Loader:
     def _load(self, epoch: int, start: int) -> Iterator[tuple[int, int, tuple[NDArray[Any], ...]]]:
         """(step, first row, examples) of each batch."""
         dataset = at_epoch(self.dataset, epoch)
+        if len(dataset) != len(self.dataset):
+            name = type(self.dataset).__name__
+            raise ValueError(f"epoch {epoch} of {name} has {len(dataset)} examples, where it said {len(self.dataset)}")
         indices = order(self.seed, epoch, len(dataset), self.shuffle)
         for batch in range(start, len(self)):
             whole = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
