@@ -454,16 +454,15 @@ class Trainer:
         """Go on from what `_save` has written; model and optimizer have been restored."""
         self.step, self.epoch, self.batch = step, state["epoch"], state["batch"]
         self.parallel.reductions = self.step
-        self.parallel.expected_examples = state.get("expected_examples", 1.0)
+        self.parallel.expected_examples = state["expected_examples"]
         self._sums = EpochSums(**state["epoch_sums"])
         self._best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
-        self._fit_resumed = state.get("fit", 1)
+        self._fit_resumed = state["fit"]
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
-        self._examples = state.get("examples")
-        if "health" in state:
-            self._health.restore(state["health"])
-            self._diagnosis.restore(state["diagnosis"])
+        self._examples = state["examples"]
+        self._health.restore(state["health"])
+        self._diagnosis.restore(state["diagnosis"])
 
     def _settings(self, dataset: Dataset, epochs: int | None, steps: int | None) -> dict[str, Any]:
         """What a reader of the run's folder wants to know of this call of `fit`."""
