@@ -382,6 +382,9 @@ def test_a_layer_says_what_is_wrong(call, error, message):
         call()
 
 
-def test_dropout_with_one_layer_warns_as_pytorch_does():
-    with pytest.warns(UserWarning, match="LSTM: dropout is applied between layers, and there is only one"):
-        nn.LSTM(3, 4, dropout=0.5)
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_dropout_with_one_layer_warns_as_pytorch_does(layer):
+    message = f"{layer.__name__}: dropout is applied between layers, and there is only one"
+    with pytest.warns(UserWarning, match=message) as caught:
+        layer(3, 4, dropout=0.5)
+    assert caught[0].filename == __file__  # the line that made the layer

@@ -50,7 +50,8 @@ class _Recurrent(Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"{name} needs a dropout probability between 0 and 1, got {dropout}")
         if dropout and num_layers == 1:
-            warnings.warn(f"{name}: dropout is applied between layers, and there is only one", stacklevel=3)
+            own = type(self).__init__ is not _Recurrent.__init__  # a constructor, which has called this one
+            warnings.warn(f"{name}: dropout is applied between layers, and there is only one", stacklevel=2 + own)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         rows, bound = self.gates * hidden_size, 1 / math.sqrt(hidden_size)
