@@ -30,10 +30,12 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, first: int = 0, second: int = 0) -> np.random.Generator:
-    """The generator named by (`seed`, `stream`, `first`, `second`), for instance (seed, SHUFFLE, epoch)."""
-    if seed < 0:
-        raise ValueError(f"the seed must be 0 or more, got {seed}")
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, first, second]))
+    """The generator named by (`seed`, `stream`, `first`, `second`), for instance (seed, SHUFFLE, epoch).
+
+    Raises:
+        ValueError: the seed is negative, or has more than 64 bits.
+    """
+    return np.random.Generator(np.random.Philox(key=_key(seed, stream), counter=[0, 0, first, second]))
 
 
 def manual_seed(seed: int) -> None:
@@ -83,12 +85,17 @@ def row_bits(rows: int, width: int) -> NDArray[np.uint32]:
     """Uniform 32-bit integers `(rows, width)`; row i is a function of (seed, step, draw, first row + i) only."""
     here = place()
     blocks = -(-width // _UINT32_PER_BLOCK)  # each row starts on a counter of its own
-    bits = np.random.Philox(
-        key=[here.seed, Stream.DROPOUT], counter=[here.first_row * blocks, 0, here.draws, here.step]
-    )
+    counter = [here.first_row * blocks, 0, here.draws, here.step]
+    bits = np.random.Philox(key=_key(here.seed, Stream.DROPOUT), counter=counter)
     here.draws += 1
     words = bits.random_raw(rows * blocks * _UINT32_PER_BLOCK // 2).view(np.uint32)
     return words.reshape(rows, blocks * _UINT32_PER_BLOCK)[:, :width]
+
+
+def _key(seed: int, stream: Stream) -> NDArray[np.uint64]:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed must be 0 or more and less than 2^64, got {seed}")
+    return np.array([seed, stream], np.uint64)  # NumPy makes float64 of a list with 2^63 or more
 
 
 # Context variables, not globals: the ranks that tests run as threads of one process each have their own.

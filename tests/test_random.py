@@ -27,10 +27,21 @@ def test_two_generators_never_share_a_number_within_reach():
         assert not np.isin(other.integers(0, 2**63, 1000), long).any()
 
 
-def test_a_negative_seed_is_refused():
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_negative_seed_and_one_of_more_than_64_bits_are_refused(seed):
     for call in (manual_seed, lambda seed: generator(seed, Stream.SHUFFLE)):
-        with pytest.raises(ValueError, match="the seed must be 0 or more, got -1"):
-            call(-1)
+        with pytest.raises(ValueError, match=rf"the seed must be 0 or more and less than 2\^64, got {seed}"):
+            call(seed)
+
+
+def test_large_seeds_are_as_different_as_small_ones():
+    seeds = (0, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1)
+    assert len({generator(seed, Stream.SHUFFLE).integers(0, 2**63) for seed in seeds}) == len(seeds)
+    bits = []
+    for seed in seeds:
+        random.at(seed, step=0, first_row=0)
+        bits.append(row_bits(1, 4).tobytes())
+    assert len(set(bits)) == len(seeds)
 
 
 def test_manual_seed_starts_initialisation_again():
