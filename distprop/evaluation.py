@@ -10,7 +10,7 @@ import numpy as np
 
 from distprop.comm import Communicator, recorder
 from distprop.comm.recorder import here
-from distprop.data.dataset import Dataset, check_dataset
+from distprop.data.dataset import Dataset, check_dataset, split_target
 from distprop.data.loader import share
 from distprop.metrics import Tally
 from distprop.nn.module import Module
@@ -56,7 +56,7 @@ def evaluate(
     try:
         with no_grad():
             for block in _blocks(len(dataset), comm, same_blocks):
-                *inputs, target = dataset[np.arange(block.start, block.stop)]
+                inputs, target = split_target(dataset[np.arange(block.start, block.stop)])
                 output, tally = model(*inputs), Tally()
                 tally.add(loss(output, target).item(), output, target, float(examples(target)))
                 sums.append((tally.examples, tally.loss, tally.correct, tally.labels))

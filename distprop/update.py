@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from distprop import random
+from distprop.data.dataset import split_target
 from distprop.data.loader import share
 from distprop.health import Health
 from distprop.metrics import Tally
@@ -127,7 +128,7 @@ class Update:
         for number in range(self.accumulate):
             piece = share(len(batch[-1]), number, self.accumulate)
             random.at(place.seed, place.step, first_row + piece.start)
-            *inputs, target = (array[piece] for array in batch)
+            inputs, target = split_target(array[piece] for array in batch)
             with self._timeline("forward"):
                 output = self.parallel(*inputs)
                 loss = self.loss(output, target)

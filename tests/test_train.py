@@ -180,6 +180,13 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         dp.Trainer(model, dp.functional.mse_loss, optimizer, batch_size=1)
 
 
+def test_a_dataset_without_targets_is_refused() -> None:
+    trainer, inputs = make_trainer(SoloCommunicator()), ArrayDataset(np.zeros((4, 4), np.float32))
+    for call in (lambda: trainer.fit(inputs, epochs=1), lambda: trainer.evaluate(inputs)):
+        with pytest.raises(ValueError, match="examples of inputs and a target, got one array"):
+            call()
+
+
 def test_numbers_of_numpy_are_whole_numbers(tmp_path: Path) -> None:
     """Also for `run.json`, for which they are none."""
     model = dp.nn.Linear(2, 1)

@@ -5,7 +5,7 @@ Asking for a whole batch by an index array costs one gather in NumPy; asking row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +45,18 @@ def at_epoch(dataset: Dataset, epoch: int) -> Dataset:
     """The dataset of `epoch`, which is `dataset` itself where epochs make no difference."""
     change = getattr(dataset, "at_epoch", None)
     return dataset if change is None else change(epoch)
+
+
+def split_target(arrays: Iterable[NDArray[Any]]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
+    """The inputs, and the target, which is the last of the `arrays` of a batch.
+
+    Raises:
+        ValueError: there is no input.
+    """
+    *inputs, target = arrays
+    if not inputs:
+        raise ValueError("training takes examples of inputs and a target, got one array; make ArrayDataset(x, y)")
+    return inputs, target
 
 
 class ArrayDataset:
