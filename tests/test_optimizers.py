@@ -409,6 +409,7 @@ def test_a_parameter_that_changes_its_size_under_an_optimizer_is_refused():
         *[(name, {"betas": (1.0, 0.9)}, "beta1 must be .* less than 1, got 1.0") for name in ("Adam", "LAMB")],
         ("AdamW", {"betas": (0.9, -0.1)}, "beta2 must be at least 0"),
         ("Adam", {"betas": (0.9,)}, "betas must be two numbers"),
+        ("Adam", {"betas": 0.9}, "betas must be two numbers, got 0.9"),
         ("RMSprop", {"alpha": 1.0}, "alpha must be .* less than 1, got 1.0"),
         ("RMSprop", {"momentum": -1}, "momentum must be 0 or more"),
         ("Adagrad", {"lr_decay": -1}, "lr_decay must be 0 or more"),

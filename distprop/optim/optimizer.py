@@ -179,10 +179,10 @@ class Optimizer:
         for name in ("momentum", "weight_decay", "eps", "lr_decay", "initial_accumulator_value", "trust_coefficient"):
             if name in group and not group[name] >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {group[name]}")
-        if len(group.get("betas", (0, 0))) != 2:
-            raise ValueError(f"betas must be two numbers, got {group['betas']}")
-        shares = {"alpha": group.get("alpha", 0.0)} | {f"beta{i + 1}": b for i, b in enumerate(group.get("betas", ()))}
-        for name, share in shares.items():
+        betas = group.get("betas", (0, 0))
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas}")
+        for name, share in (("alpha", group.get("alpha", 0)), ("beta1", betas[0]), ("beta2", betas[1])):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
 
