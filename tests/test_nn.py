@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -535,6 +536,22 @@ def test_linear_says_what_it_got():
     for wrong in ((0, 3), (3, 0)):
         with pytest.raises(ValueError, match="at least one feature on each side"):
             nn.Linear(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nn.LSTM(3, 4.0), "LSTM: hidden_size must be an integer, got 4.0"),
+        (lambda: nn.Embedding(4.0, 3), "Embedding: num_embeddings must be an integer, got 4.0"),
+        (lambda: nn.Embedding(4, 3, 1.5), "Embedding: padding_idx must be an integer, got 1.5"),
+        (lambda: nn.BatchNorm1d("4"), "BatchNorm1d: num_features must be an integer, got '4'"),
+        (lambda: nn.GroupNorm(2.0, 4), "GroupNorm: num_groups must be an integer, got 2.0"),
+        (lambda: nn.MultiheadAttention(8.0, 2), "MultiheadAttention: embed_dim must be an integer, got 8.0"),
+    ],
+)
+def test_sizes_that_are_no_integers_are_named(make, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        make()
 
 
 def test_linear_without_bias_and_with_more_axes():

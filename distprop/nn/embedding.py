@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop import functional as F
+from distprop.functional.check import integer
 from distprop.nn import init
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor
@@ -25,6 +26,7 @@ class Embedding(Module):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        integer("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim, padding_idx=padding_idx or 0)
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"Embedding needs at least one row and column, got ({num_embeddings}, {embedding_dim})")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from distprop import functional as F
 from distprop.comm import Communicator, world
-from distprop.functional.check import real
+from distprop.functional.check import integer, real
 from distprop.functional.norm import lengths
 from distprop.nn.module import Module
 from distprop.tensor import Operand, Parameter, Tensor, as_tensor
@@ -37,6 +37,7 @@ class _BatchNorm(Module):
         bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        integer(type(self).__name__, num_features=num_features)
         if num_features < 1:
             raise ValueError(f"{type(self).__name__} needs at least one channel, got {num_features}")
         real(type(self).__name__, eps=eps, momentum=0.0 if momentum is None else momentum)
@@ -243,6 +244,7 @@ class GroupNorm(Module):
         bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        integer("GroupNorm", num_groups=num_groups, num_channels=num_channels)
         if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNorm needs groups that divide the channels, got ({num_groups}, {num_channels})")
         real("GroupNorm", eps=eps)

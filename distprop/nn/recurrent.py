@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop import functional as F
+from distprop.functional.check import integer
 from distprop.functional.join import concatenate
 from distprop.nn import init
 from distprop.nn.module import Module
@@ -42,6 +43,7 @@ class _Recurrent(Module):
         dtype: DTypeLike = np.float32,
     ) -> None:
         name = type(self).__name__
+        integer(name, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if min(input_size, hidden_size, num_layers) < 1:
             raise ValueError(
                 f"{name} needs input_size, hidden_size and num_layers of at least 1, "

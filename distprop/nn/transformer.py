@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distprop import functional as F
+from distprop.functional.check import integer
 from distprop.nn import init
 from distprop.nn.layers import Dropout, Linear
 from distprop.nn.module import Module
@@ -49,6 +50,7 @@ class MultiheadAttention(Module):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        integer("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"MultiheadAttention got embed_dim {embed_dim}; {num_heads} heads do not divide it")
         if not 0 <= dropout <= 1:
