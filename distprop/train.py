@@ -149,9 +149,7 @@ class Trainer:
         batch_size, accumulate, shards, seed = map(int, whole.values())  # NumPy's numbers are nothing for JSON
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be more than 0, got {clip_norm}")
-        clip_norm = None if clip_norm is None else float(clip_norm)
+        clip_norm = _checked_norm(clip_norm)
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         if run_dir is None and (checkpoint_every is not None or resume):
@@ -234,7 +232,8 @@ class Trainer:
 
     @clip_norm.setter
     def clip_norm(self, norm: float | None) -> None:
-        self._update.clip_norm = norm
+        self._update.clip_norm = _checked_norm(norm)
+        self._diagnosis.history.clipped = norm is not None
 
     def fit(
         self,
@@ -488,6 +487,12 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What decides which examples a step sees, and the rounding; it must not change when a run is resumed."""
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
+
+
+def _checked_norm(norm: float | None) -> float | None:
+    if norm is not None and not norm > 0:
+        raise ValueError(f"clip_norm must be more than 0, got {norm}")
+    return None if norm is None else float(norm)
 
 
 def _check_parts(model: Module, loss: Loss, optimizer: Optimizer) -> None:

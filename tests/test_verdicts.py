@@ -93,6 +93,12 @@ def test_exploding_gradients_of_a_recurrent_network():
     assert verdict.layer.startswith("rnn.weight")
     assert "clip_norm=1.0" in verdict.text
     assert said(model, examples, sgd(model, 1e-12), 1, clip_norm=1.0) == {}
+    trainer = Trainer(model, F.cross_entropy, sgd(model, 1e-12), batch_size=64, progress=False)
+    with pytest.raises(ValueError, match="clip_norm must be more than 0, got 0"):
+        trainer.clip_norm = 0
+    trainer.clip_norm = 1
+    trainer.fit(examples, steps=1)
+    assert trainer.verdicts == []
 
 
 def test_exploding_gradients_in_layers_with_large_weights(digits):
