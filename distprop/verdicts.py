@@ -205,7 +205,7 @@ def exploding(history: History) -> Finding | None:
         text = f"most are over {_short(middle)} times their weights, that of `{layer}` is {_short(rates[layer])} times"
         return Finding(layer, f"gradients explode: {text}; {remedy}", middle)
     usual = _median([gradient_norm(earlier) for earlier in history.looks[:-1]]) if len(history.looks) > 3 else math.inf
-    if now > EXPLODING_GROWTH * usual and now > EXPLODING_FIRST * history.first_norm:
+    if 0 < EXPLODING_GROWTH * usual < now and now > EXPLODING_FIRST * history.first_norm:
         layer = max(look.parameters, key=lambda name: look.parameters[name].grad_norm)
         text = f"their norm is {_short(now)}, {_short(now / usual)} times the usual, most of it in `{layer}`"
         return Finding(layer, f"gradients explode: {text}; {remedy}", now / usual)

@@ -302,6 +302,14 @@ def test_a_thing_is_said_once_and_again_when_it_is_ten_times_worse():
     assert again.kind == "exploding"
 
 
+def test_gradients_that_begin_after_a_while_do_not_explode():
+    """As those of a term of the loss whose weight is 0 at first."""
+    diagnosis = Diagnosis()
+    for step in (1, 2, 4, 8):
+        diagnosis.add(look(step, grad=0.0))
+    assert diagnosis.add(look(16)) == []
+
+
 def test_clipped_gradients_may_be_large():
     diagnosis = Diagnosis(clipped=True)
     for step in (1, 2, 4, 8):
