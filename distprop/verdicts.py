@@ -271,9 +271,10 @@ def lr_high(history: History) -> Finding | None:
     middle = [_median(list(of_look.values())) for of_look in ratios]
     largest = min(max(of_look.values()) for of_look in ratios)
     first, losses = history.first_loss, [look.loss for look in looks]
-    risen = max(losses) > JUMPED * first and max(middle) > HIGH_RATIO
+    risen_by = [loss - first for loss in losses]  # beside |first|, since a loss may be negative
+    risen = max(risen_by) > (JUMPED - 1) * abs(first) and max(middle) > HIGH_RATIO
     if len(looks) == 3 and looks[0].step >= SETTLED:
-        risen = risen or (min(losses[1:]) > RISEN * first and min(middle) > RISING_RATIO)
+        risen = risen or (min(risen_by[1:]) > (RISEN - 1) * abs(first) and min(middle) > RISING_RATIO)
         large = min(middle) > HIGH_RATIO or largest > LARGE_RATIO
     else:
         large = False

@@ -310,6 +310,15 @@ def test_gradients_that_begin_after_a_while_do_not_explode():
     assert diagnosis.add(look(16)) == []
 
 
+@pytest.mark.parametrize(("losses", "kinds"), [((-5, -6, -7, -8), []), ((-5, -1, 1, 2), ["lr-high"])])
+def test_a_loss_below_zero_has_risen_only_if_it_has(losses, kinds):
+    """That of a density, say; its double is lower still."""
+    history = History()
+    for step, loss in zip((1, 2, 4, 8), losses, strict=True):
+        history.add(Look(step, loss, 0.1, 64, {"0.weight": ParameterHealth(1.0, 1.0, 0.15)}), judged=step < 8)
+    assert list(judge(history)) == kinds
+
+
 def test_clipped_gradients_may_be_large():
     diagnosis = Diagnosis(clipped=True)
     for step in (1, 2, 4, 8):
