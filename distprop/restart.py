@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from distprop.hosts import HostsError
 from distprop.launch import Job, run
 from distprop.launcher import LaunchError
 from distprop.stopping import RESUME, STATUS, Watch
@@ -80,7 +81,11 @@ def run_restarting(
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
             attempt = Attempt(ranks, left, reached)
-            job = plan(attempt)
+            try:
+                job = plan(attempt)
+            except (LaunchError, HostsError) as error:  # what was there for the first attempt is no longer
+                _say(f"giving up: {error}")
+                break
             if reached:
                 job = replace(job, environment={**job.environment, RESUME: "1"})
         began, reached = watch.run_dirs("began"), watch.run_dirs()

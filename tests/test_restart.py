@@ -12,7 +12,8 @@ import pytest
 
 from distprop import checkpoint, launch, restart
 from distprop.comm import SoloCommunicator
-from distprop.launcher import Launcher
+from distprop.hosts import HostsError
+from distprop.launcher import Launcher, LaunchError
 from distprop.restart import Attempt, hosts_left, run_restarting
 from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer
@@ -130,6 +131,17 @@ def test_without_any_host_it_gives_up(tmp_path: Path, capfd: pytest.CaptureFixtu
     player = Player(tmp_path, "1 10", "0")
     assert player.play(3, hosts={"a": 2, "b": 2}, answers=lambda host: False) == 1
     assert "giving up: none of a, b answers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [LaunchError("90 MiB of memory are free"), HostsError("b has another Python")])
+def test_an_attempt_that_cannot_be_started_is_the_last(
+    error: Exception, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def plan(attempt: Attempt) -> launch.Job:
+        raise error
+
+    status = run_restarting(Player(tmp_path, "3 10").job(4), plan, max_restarts=2)
+    assert (status, capfd.readouterr().err.splitlines()[-1]) == (3, f"distprop: giving up: {error}")
 
 
 def test_hosts_with_more_slots_than_ranks_keep_the_ranks() -> None:
