@@ -67,9 +67,9 @@ def frame(scene: Scene, columns: int, rows: int, colour: bool = True) -> list[st
     epoch = _bar_line(f"epoch {scene.epoch}/{scene.epochs}", scene.batch, scene.batches, columns, "") if several else []
     total = _bar_line("total" if several else "epoch 1/1", scene.done, scene.total, columns, _left(scene))
     ranked = [(3, epoch), (1, total), (2, _numbers(scene)), (4, _shares(scene))]  # what matters most is number 1
-    kept = sorted(number for number, line in ranked if line)[:rows]
+    kept = sorted(number for number, line in ranked if line)[: max(1, rows - bool(scene.verdicts))]
     lines = [line for number, line in ranked if number in kept]
-    verdicts = _verdicts(scene.verdicts, columns, (rows - len(lines)) // 2)
+    verdicts = _verdicts(scene.verdicts, columns, rows - len(lines))
     lines += _sparklines(scene.norms, columns, rows - len(lines) - len(verdicts))
     return [_text(line, columns, colour) for line in lines + verdicts]
 
@@ -177,14 +177,15 @@ def _scale(positive: Numbers) -> tuple[float, float]:
 
 
 def _verdicts(texts: Sequence[str], columns: int, rows: int) -> list[list[Piece]]:
-    """The last ones that fit, each whole unless it is very long."""
+    """As much of the newest one as fits into `rows`, and above it those that fit into half of them, whole."""
     lines: list[list[Piece]] = []
     for text in reversed(texts):
         wrapped = textwrap.wrap(text, max(1, columns - 2)) or [""]
-        if len(wrapped) > _LONGEST_VERDICT:
-            wrapped = wrapped[:_LONGEST_VERDICT]
+        longest = max(1, min(_LONGEST_VERDICT, rows))
+        if len(wrapped) > longest:
+            wrapped = wrapped[:longest]
             wrapped[-1] = wrapped[-1][: max(0, columns - 3)] + "…"
-        if len(lines) + len(wrapped) > rows:
+        if len(lines) + len(wrapped) > (rows // 2 if lines else rows):
             break
         lines = [[("! " if i == 0 else "  ", YELLOW), (line, YELLOW)] for i, line in enumerate(wrapped)] + lines
     return lines

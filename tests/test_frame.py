@@ -121,3 +121,14 @@ def test_the_last_verdicts_that_fit_are_shown_whole() -> None:
     assert sum("end" in line for line in lines) == 2
     (*_, last) = [text(line) for line in frame(scene(norms={}, verdicts=["word " * 200]), 60, 30)]
     assert last.endswith("…")
+
+
+@pytest.mark.parametrize(("rows", "of_verdict"), [(2, 1), (4, 1), (5, 1), (6, 2), (7, 2), (8, 2)])
+def test_the_newest_verdict_is_seen_in_the_smallest_window(rows: int, of_verdict: int) -> None:
+    """A window of 10 lines leaves 6 to the view."""
+    verdicts = ["an earlier one", "dead ReLUs: " + "word " * 28 + "end"]
+    lines = [text(line) for line in frame(scene(verdicts=verdicts), 80, rows)]
+    assert len(lines) <= rows
+    assert lines[-of_verdict].startswith("! dead ReLUs: word")
+    assert lines[-1].endswith("…" if of_verdict < 2 else "end")
+    assert any(line.startswith("total") for line in lines)
