@@ -51,6 +51,7 @@ def evaluate(
         raise ValueError("evaluate() got an empty dataset")
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
+    phase = here.phase
     here.at(recorder.EVALUATION)
     sums: list[tuple[float, ...]] = []
     try:
@@ -64,6 +65,7 @@ def evaluate(
         for module, training in was_training:
             module.training = training
     of_all = np.frombuffer(b"".join(comm.allgather(np.array(sums, np.float64).tobytes())))
+    here.at(phase)
     columns = of_all.reshape(-1, 4).T.tolist()
     count, total, correct, labels = map(_sum, columns)
     return {"loss": total / count if count else math.nan} | ({"accuracy": correct / labels} if labels else {})

@@ -16,7 +16,7 @@ from distprop.comm import CollectiveError, SoloCommunicator, recorder
 from distprop.comm.recorder import BACKWARD, RING, Record
 from distprop.witness import Witness
 from test_launch import wait_until
-from test_rundir import train
+from test_resume import dataset, make_trainer
 
 
 def test_the_ring_keeps_the_last_collectives() -> None:
@@ -70,7 +70,10 @@ def test_a_call_that_is_not_the_neighbours_is_an_error_also_where_mpi_completes_
 
 
 def test_what_a_script_does_after_fit_is_no_longer_a_phase_of_it(tmp_path: Path) -> None:
-    train(SoloCommunicator(), tmp_path, steps=6, checkpoint_every=2)
+    trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=2)
+    for _ in range(2):
+        trainer.fit(dataset(), steps=3)
+        assert trainer.evaluate(dataset())["loss"] > 0
     assert recorder.read(recorder.here.memory).place == "step 6, after fit"
 
 
