@@ -22,8 +22,7 @@ from typing import IO
 
 from distprop import hosts as other_hosts
 from distprop import slurm
-from distprop.comm import mpi
-from distprop.comm.watchdog import TIMEOUT_VARIABLE
+from distprop.comm import mpi, watchdog
 from distprop.hosts import probe
 from distprop.hosts.hostfile import count
 from distprop.launcher import (
@@ -40,7 +39,7 @@ from distprop.launcher import (
 )
 from distprop.panel import RESTORE
 from distprop.processes import Stop, exit_status, tether, wait
-from distprop.stopping import STATUS, Watch
+from distprop.stopping import STATUS, Watch, deadline
 from distprop.witness import Witness
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -84,13 +83,15 @@ def plan(
 
     Raises:
         LaunchError: fewer than one rank, more than a Slurm job has slots or this host memory for, no such script or
-            module, or no launcher that belongs to the MPI library.
+            module, no launcher that belongs to the MPI library, or a limit in the environment that is none.
         HostsError: more ranks than slots, or hosts that cannot run the job.
         MPIMissingError: more than one rank, and no MPI library is installed.
     """
     try:
+        watchdog.timeout_seconds()  # of the environment, as the next one: each rank would find it wrong by itself
+        deadline()
         allocation = slurm.allocation() if not hosts else None
-    except slurm.AllocationError as error:
+    except (slurm.AllocationError, ValueError) as error:
         raise LaunchError(str(error)) from error
     if ranks is None and not hosts and not allocation:
         raise LaunchError("say how many ranks, with -n")
@@ -98,7 +99,7 @@ def plan(
         raise LaunchError(f"-n {ranks}: a job has 1 rank or more")
     _check_program(arguments, module)
     program = [*(["-m"] if module else []), *arguments]
-    limit = {} if timeout_seconds is None else {TIMEOUT_VARIABLE: f"{timeout_seconds:g}"}
+    limit = {} if timeout_seconds is None else {watchdog.TIMEOUT_VARIABLE: f"{timeout_seconds:g}"}
     if hosts:
         script = [] if module or not Path(arguments[0]).is_file() else [arguments[0]]
         return _plan_hosts(other_hosts.allot(hosts, ranks), program, [*script, *files], limit)

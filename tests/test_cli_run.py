@@ -14,6 +14,7 @@ from distprop import launch
 from test_launch import needs_mpi
 
 ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "examples" / "digits.toml")
 
 NO_MPI = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}  # where mpi4py is told to look, and only there
 
@@ -83,6 +84,28 @@ def test_a_dry_run_prints_what_would_run_and_pasted_it_does(script: str) -> None
 )
 def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: str) -> None:
     done = distprop("run", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments", "message"),
+    [
+        ("DISTPROP_TIMEOUT", ["run", "-n", "2", __file__], "DISTPROP_TIMEOUT=abc: give a number of seconds"),
+        ("DISTPROP_MAX_TIME", ["run", "-n", "1", __file__], "DISTPROP_MAX_TIME: a time is written as seconds or as in"),
+        ("DISTPROP_MAX_TIME", ["train", CONFIG], "DISTPROP_MAX_TIME: a time is written as seconds or as in 1h30m"),
+        (
+            "DISTPROP_SIZE",
+            ["run", "-n", "1", __file__],
+            "DISTPROP_SIZE=abc is no number of ranks; distprop run sets it",
+        ),
+        ("DISTPROP_SIZE", ["train", CONFIG], "DISTPROP_SIZE=abc is no number of ranks; distprop run sets it"),
+        ("PMI_SIZE", ["doctor"], "PMI_SIZE=abc is no number of ranks; MPICH's mpiexec sets it"),
+    ],
+)
+def test_a_variable_that_makes_no_sense_is_one_message(variable: str, arguments: list[str], message: str) -> None:
+    done = distprop(*arguments, **{variable: "abc"})
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,8 +27,10 @@ def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, 
     from distprop.doctor import check_host, check_job, examine, show, to_json, worst
     from distprop.hosts import HostsError
 
-    asked = started_by()[0] == "distprop run"  # by another doctor, which shows what is found and has the exit status
-    if asked or started_by()[1] > 1:
+    with refusing(ValueError):
+        launcher, started = started_by()
+    asked = launcher == "distprop run"  # by another doctor, which shows what is found and has the exit status
+    if asked or started > 1:
         try:
             comm = world()
             findings = check_job(comm, run_dir)

@@ -101,11 +101,16 @@ def train_command(
     With train.checkpoint_every, Ctrl-C, SIGTERM, SIGUSR1 and --max-time write a checkpoint and end it with status 75.
     """
     from distprop.checkpoint import CheckpointError
+    from distprop.comm import started_by
     from distprop.config import ConfigError, load_config
+    from distprop.stopping import deadline
 
+    with refusing(ValueError):
+        launcher, started = started_by()
+        deadline()  # of the environment; a Trainer's ValueError would have a traceback
     with refusing(ConfigError, CheckpointError, OSError, slurm.AllocationError):
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
-        if ranks is not None or hosts or hostfile or requeue or _has_slots():
+        if ranks is not None or hosts or hostfile or requeue or _has_slots(launcher, started):
             again = ["distprop", "train", str(config), *(word for setting in settings for word in ("--set", setting))]
             again += ["--resume"] * resume + ["--profile"] * profile
             where, limits = Where(hosts, hostfile, [str(config)]), Limits(max_restarts, max_time, timeout, requeue)
@@ -128,12 +133,9 @@ def train_command(
             raise
 
 
-def _has_slots() -> bool:
+def _has_slots(launcher: str | None, started: int) -> bool:
     """Whether this is a Slurm job with more than one slot, and this process no rank of it."""
-    from distprop.comm import started_by
-
-    launcher, ranks = started_by()
-    if launcher not in (None, "srun") or ranks > 1:
+    if launcher not in (None, "srun") or started > 1:
         return False
     allocation = slurm.allocation()
     return allocation is not None and sum(allocation.tasks) > 1

@@ -149,7 +149,8 @@ def start(
             f"srun has started this command {copies} times, and each of them would start all ranks; leave srun out: in "
             "a Slurm job distprop starts the ranks by itself"
         )
-    launcher, started = started_by()
+    with refusing(ValueError):
+        launcher, started = started_by()
     if launcher != "srun" and started > 1:  # each of them says so: the first that leaves may end the others
         raise Refusal(
             f"{launcher} has started this command {started} times, and each of them would start all ranks; leave "

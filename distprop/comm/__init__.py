@@ -56,7 +56,7 @@ def world() -> Communicator:
             another MPI than the one mpi4py loads, or that MPI cannot talk to `srun`. Training would run N times and
             overwrite its own results. Under srun one of the processes says so, if nobody catches it.
         MPIMissingError: started by a launcher, but no MPI library is installed.
-        ValueError: DISTPROP_TIMEOUT is no number of seconds.
+        ValueError: DISTPROP_TIMEOUT is no number of seconds, or a launcher's variable no number of ranks.
     """
     global _world
     if (played := _played.get()) is not None:
@@ -107,9 +107,15 @@ def _connect() -> Communicator:
 
 
 def started_by() -> tuple[str | None, int]:
-    """Which launcher started this process, if any, and how many ranks it says there are."""
+    """Which launcher started this process, if any, and how many ranks it says there are.
+
+    Raises:
+        ValueError: it says no number.
+    """
     for variable, launcher in _LAUNCHERS.items():
         if value := os.environ.get(variable):
+            if not value.isdecimal():
+                raise ValueError(f"{variable}={value} is no number of ranks; {launcher} sets it, and nobody else")
             by_srun = variable == "PMI_SIZE" and slurm.copies() == int(value)  # srun --mpi=pmi2 sets it too
             return "srun" if by_srun else launcher, int(value)
     return None, 1
