@@ -87,13 +87,15 @@ def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None
     numbers = parse_counts("SLURM_TASKS_PER_NODE", tasks)
     cores = parse_counts("SLURM_JOB_CPUS_PER_NODE", environment.get("SLURM_JOB_CPUS_PER_NODE", "1"))
     if len(cores) != len(numbers):  # in a step of fewer nodes than the job has
-        cores = (int(environment.get("SLURM_CPUS_ON_NODE", min(cores))),) * len(numbers)
+        here = parse_counts("SLURM_CPUS_ON_NODE", environment.get("SLURM_CPUS_ON_NODE", str(min(cores))))
+        cores = here[:1] * len(numbers)
+    per_task = environment.get("SLURM_CPUS_PER_TASK")
     return Allocation(
         job=job,
         nodes=environment.get("SLURM_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""),
         tasks=numbers,
         cores=cores,
-        cores_per_task=int(environment["SLURM_CPUS_PER_TASK"]) if environment.get("SLURM_CPUS_PER_TASK") else None,
+        cores_per_task=parse_counts("SLURM_CPUS_PER_TASK", per_task)[0] if per_task else None,
         here="SLURMD_NODENAME" in environment,
     )
 

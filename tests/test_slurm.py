@@ -71,6 +71,13 @@ def test_counts_that_slurm_would_not_write_are_refused(text: str) -> None:
         slurm.parse_counts("SLURM_TASKS_PER_NODE", text)
 
 
+def test_a_number_of_cores_that_slurm_would_not_write_is_refused() -> None:
+    with pytest.raises(slurm.AllocationError, match="SLURM_CPUS_PER_TASK is 'two'"):
+        given(SLURM_CPUS_PER_TASK="two")
+    with pytest.raises(slurm.AllocationError, match="SLURM_CPUS_ON_NODE is 'eight'"):
+        given(SLURM_TASKS_PER_NODE="1", SLURM_CPUS_ON_NODE="eight")
+
+
 def test_nodes_are_filled_in_their_order() -> None:
     assert given().allot(None) == (4, 4, 2)
     assert given().allot(5) == (4, 1, 0)
