@@ -108,7 +108,7 @@ def prepare(config: Config) -> Task:
     """Load the data and build the model.
 
     Raises:
-        ConfigError: the configuration does not fit the data.
+        ConfigError: the configuration does not fit the data, or the model no memory.
     """
     if config.train.wire and config.train.deterministic:
         raise ConfigError("train.wire: what is rounded depends on the number of ranks; not with train.deterministic")
@@ -122,7 +122,10 @@ def prepare(config: Config) -> Task:
         test_set = _with_columns(test_set) if test_set is not None else None
     manual_seed(config.train.seed)
     outputs = _count_outputs(config.train.loss, train_set.y, test_set.y if test_set is not None else train_set.y)
-    model = build_model(config.model, train_set.x[:1].size, outputs)
+    try:
+        model = build_model(config.model, train_set.x[:1].size, outputs)
+    except (MemoryError, ValueError) as error:  # the latter by NumPy, of a shape that no array can have
+        raise ConfigError(f"model.hidden: there is no memory for {config.model.hidden}: {error}") from error
     steps_per_epoch = -(-len(train_set) // config.train.batch_size)
     optimizer = build_optimizer(config.optim, model, config.train.epochs * steps_per_epoch)
     return Task(config, train_set, test_set, model, optimizer)

@@ -267,9 +267,11 @@ def test_one_target_an_example_may_be_without_a_column(tmp_path: Path) -> None:
         (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov: it needs optim.momentum, which is 0"),
         (["train.seed=99999999999999999999"], "train.seed: expected `int` <= "),
         (["train.run_dir="], "train.run_dir: expected `str` of length >= 1"),
+        (["model.hidden=[1000000000000]"], "model.hidden: there is no memory for [1000000000000]: "),
+        ([f"model.hidden=[{10**24}]"], f"model.hidden: there is no memory for [{10**24}]: "),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(
+def test_settings_that_do_not_go_together_or_into_memory_are_refused(
     settings: list[str], message: str, toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
