@@ -41,6 +41,10 @@ class Question:
             parse_link(text)
         if self.step_time and not parse_seconds(self.step_time):
             raise ValueError("--step-time must be more than 0")
+        if self.config:
+            from distprop.config import load_config
+
+            load_config(self.config)  # before any rank starts, each of which would refuse it
 
     def words(self) -> list[str]:
         """The command line of a rank that measures."""

@@ -134,6 +134,7 @@ def test_the_ranks_of_this_host_are_measured() -> None:
         (["--step-time", "0ms"], "--step-time must be more than 0"),
         (["--sizes", "20"], "two or more positive whole numbers"),
         (["missing.toml", *TOLD], "cannot read missing.toml"),
+        (["missing.toml", "-n", "2"], "cannot read missing.toml"),
         (["--batch", "0"], "0 is not in the range x>=1"),
     ],
 )
