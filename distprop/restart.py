@@ -11,8 +11,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 
 from distprop.hosts import HostsError
 from distprop.launch import Job, run
@@ -76,15 +78,19 @@ def run_restarting(
             fewer = f" on {ranks} ranks, those of {', '.join(left)}" if ranks != attempt.ranks else ""
             _say(f"{failure}; restart {number} of {max_restarts} in {pause:.0f} s{fewer}")
             watch.new_attempt()
-            try:
-                time.sleep(pause)
-            except KeyboardInterrupt:
-                return 128 + signal.SIGINT
             attempt = Attempt(ranks, left, reached)
             try:
-                job = plan(attempt)
+                with _noting_sigusr1(watch):
+                    time.sleep(pause)
+                    job = plan(attempt)
+            except KeyboardInterrupt:
+                return 128 + signal.SIGINT
             except (LaunchError, HostsError) as error:  # what was there for the first attempt is no longer
                 _say(f"giving up: {error}")
+                break
+            if watch.ended:
+                _say("SIGUSR1: there is no time for a restart")
+                status = STATUS
                 break
             if reached:
                 job = replace(job, environment={**job.environment, RESUME: "1"})
@@ -134,6 +140,20 @@ def _check_sense(fruitless: int, number: int, max_restarts: int, late: float) ->
         raise LaunchError(f"that was the last of {max_restarts} restart{'s' * (max_restarts > 1)}")
     if late >= 0:
         raise LaunchError("the time set by --max-time is over")
+
+
+@contextmanager
+def _noting_sigusr1(watch: Watch) -> Iterator[None]:
+    """Inside, the signal by which Slurm says that the time is nearly over does not kill this process: no rank runs."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        watch.ended = True
+
+    previous = signal.signal(signal.SIGUSR1, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def _say(message: str) -> None:

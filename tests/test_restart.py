@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,6 +133,19 @@ def test_without_any_host_it_gives_up(tmp_path: Path, capfd: pytest.CaptureFixtu
     player = Player(tmp_path, "1 10", "0")
     assert player.play(3, hosts={"a": 2, "b": 2}, answers=lambda host: False) == 1
     assert "giving up: none of a, b answers" in capfd.readouterr().err
+
+
+def test_slurms_signal_before_a_restart_has_the_job_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pause = SimpleNamespace(time=time.time, sleep=lambda seconds: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(restart, "time", pause)
+    before, told = signal.getsignal(signal.SIGUSR1), []
+    player = Player(tmp_path, "1 10", "0")
+    assert player.play(2, stopped=told.append) == 75
+    assert (told, len(player.resumed())) == ([True], 1)
+    assert "SIGUSR1: there is no time for a restart" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.parametrize("error", [LaunchError("90 MiB of memory are free"), HostsError("b has another Python")])
