@@ -232,8 +232,13 @@ def show(answer: Answer) -> None:
 
 
 def describe(link: Link) -> str:
-    """A link in the units of `parse_link`; the rate is that of the data."""
-    return f"{link.gigabits:.3g} Gbit/s, {show_time(link.latency)}"
+    """A link in the units of `parse_link`; the rate is that of the data.
+
+    >>> describe(Link(1e-5, 8e-10)), describe(Link(1e-5, 0.0))
+    ('10 Gbit/s, 10 µs', 'a rate lost in the noise, 10 µs')
+    """
+    rate = f"{link.gigabits:.3g} Gbit/s" if math.isfinite(link.gigabits) else "a rate lost in the noise"
+    return f"{rate}, {show_time(link.latency)}"
 
 
 def show_time(seconds: float) -> str:
