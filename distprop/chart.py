@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from html import escape
 
 Point = tuple[float, float]  # ranks, speed-up over one rank
 
@@ -40,7 +41,7 @@ def as_svg(title: str, predicted: Sequence[Point]) -> str:
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" font-family="sans-serif" font-size="12">',
         '<rect width="720" height="440" fill="white"/>',
-        f'<text x="70" y="28" font-size="15">{_escape(title)}</text>',
+        f'<text x="70" y="28" font-size="15">{escape(title)}</text>',
         '<text x="380" y="432" text-anchor="middle">ranks</text>',
         '<text x="70" y="50">times the speed of one rank</text>',
     ]
@@ -78,7 +79,3 @@ def _between(points: Sequence[Point], x: float) -> float:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
