@@ -55,7 +55,7 @@ def write_csv(run: Run, file: TextIO) -> int:
 
 
 def _flat(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    of_epoch, of_health = "epoch_loss" in line, "health" in line
+    of_epoch = "epoch_loss" in line
     for key, value in line.items():
         if key in _PLACE or key == "verdict":
             continue
@@ -71,7 +71,7 @@ def _flat(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                     yield from ((f"{prefix}/{phase}{rank}", number) for number in _number(v))
         else:
             whole = of_epoch and key != "epoch_loss" and not key.startswith("validation_")
-            yield from ((f"epoch_{key}" if whole and not of_health else key, number) for number in _number(value))
+            yield from ((f"epoch_{key}" if whole else key, number) for number in _number(value))
 
 
 def _entries(value: object) -> list[tuple[str, Any]]:
