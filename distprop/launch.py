@@ -16,7 +16,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -54,7 +54,7 @@ class Job:
     environment: Mapping[str, str]
     description: str
     advice: str = ""
-    launcher: Launcher | None = field(default=None)  # None: one process, without MPI
+    launcher: Launcher | None = None  # one process, without MPI
     hosts: tuple[other_hosts.Host, ...] = ()  # empty: this one, or those of a Slurm job
     elsewhere: bool = False  # there are ranks on other nodes of a Slurm job
 

@@ -255,7 +255,7 @@ def _imbalance(sums: Mapping[str, Sequence[float]], ranks: int) -> str:
 
 
 def _configuration(runs: Sequence[Run], names: Sequence[str]) -> str:
-    flat = [{**run.config} if run.config else _settings(run) for run in runs]
+    flat = [run.config or _settings(run) for run in runs]
     models = [_session(run).get("model") for run in runs]
     blocks = "".join(
         f"<details><summary>model of {escape(name)}</summary><pre>{escape(str(model))}</pre></details>"

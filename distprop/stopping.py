@@ -29,9 +29,7 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, and starting it again goes o
 
 MAX_TIME = "DISTPROP_MAX_TIME"  # for users: seconds or 1h30m, from the start of the process
 DEADLINE = "DISTPROP_DEADLINE"  # from the launcher: the same as seconds since 1970
-RESUME = (
-    "DISTPROP_RESUME"  # "1": a Trainer with a run_dir resumes whatever its script says, as in a restarted Slurm job
-)
+RESUME = "DISTPROP_RESUME"  # "1": every Trainer with a run_dir resumes, as in a Slurm job that was restarted
 REPORT = "DISTPROP_REPORT"  # from the launcher: the file of `Report`
 
 OUT_OF_TIME = "the time is over"

@@ -49,9 +49,8 @@ class Library:
     @property
     def name(self) -> str:
         """For people: "Open MPI 5.0.11"."""
-        return (
-            f"{ {'openmpi': 'Open MPI', 'mpich': 'MPICH', 'impi': 'Intel MPI'}.get(self.vendor, 'MPI') } {self.version}"
-        )
+        names = {"openmpi": "Open MPI", "mpich": "MPICH", "impi": "Intel MPI"}
+        return f"{names.get(self.vendor, 'MPI')} {self.version}"
 
 
 class MPIMissingError(ImportError):

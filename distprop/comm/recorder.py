@@ -18,20 +18,20 @@ from typing import Any, TypeAlias, TypeVar
 
 from distprop.comm.base import CollectiveError, Communicator
 
-START, JOINING, DATA, FORWARD, BACKWARD, REDUCTION, UPDATE, CALLBACKS, EVALUATION, CHECKPOINT, AFTER_FIT, END = (
-    b"start",
-    b"start of MPI",
-    b"data",
-    b"forward pass",
-    b"backward pass",
-    b"reduction",
-    b"update",
-    b"callbacks",
-    b"evaluation",
-    b"checkpoint",
-    b"after fit",
-    b"end",
-)
+# The phases of a program.
+START = b"start"
+JOINING = b"start of MPI"
+DATA = b"data"
+FORWARD = b"forward pass"
+BACKWARD = b"backward pass"
+REDUCTION = b"reduction"
+UPDATE = b"update"
+CALLBACKS = b"callbacks"
+EVALUATION = b"evaluation"
+CHECKPOINT = b"checkpoint"
+AFTER_FIT = b"after fit"
+END = b"end"
+
 RING = 16  # collectives that are kept
 SHOWN = 6  # of them in a report
 FOLDER_VARIABLE = "DISTPROP_RECORDS"  # where `distprop run` wants the files of its host
