@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from distprop.comm.base import Array, CollectiveError, check_contiguous, check_summable
+from distprop.comm.base import Array, CollectiveError, check_contiguous, check_root, check_summable
 from distprop.comm.node import Node
 from distprop.comm.recorder import END, JOINING, START, Snapshot, here, recorded, report
 from distprop.comm.watchdog import Verdict, Watchdog, WatchdogThread
@@ -121,6 +121,7 @@ class MPICommunicator:
     @recorded
     def broadcast(self, array: Array, root: int = 0) -> Array:
         """Overwrite with the array of rank `root`."""
+        check_root(root, self.size)
         check_contiguous(array)
         self._comm.Bcast(array, root=root)
         return array
