@@ -27,7 +27,6 @@ def step(sizes: str, batch: int, steps: int, ranks: int | None) -> None:
     if ranks is not None:
         again = ["distprop", "bench", "step", "--sizes", sizes, "--batch", str(batch), "--steps", str(steps)]
         start(ranks, again, module=True)
-        return
     from distprop.bench.step import bench_step, show
     from distprop.comm import world
 
@@ -48,7 +47,6 @@ def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int
     if ranks is not None:
         again = ["distprop", "bench", "determinism", "--sizes", sizes, "--batch-size", str(batch_size)]
         start(ranks, [*again, "--shards", str(shards), "--steps", str(steps)], module=True)
-        return
     from distprop.bench.determinism import bench_determinism, show
     from distprop.comm import world
 
@@ -68,7 +66,6 @@ def health(networks: tuple[str, ...], batch: int, steps: int, ranks: int | None)
     if ranks is not None:
         again = ["distprop", "bench", "health", *networks, "--batch", str(batch), "--steps", str(steps)]
         start(ranks, again, module=True)
-        return
     from distprop.bench.health import NETWORKS, bench_health, show
     from distprop.comm import world
 
@@ -117,7 +114,6 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
         options = [("--sizes", sizes), ("--repeats", repeats)]
         again = [word for name, value in options if value is not None for word in (name, str(value))]
         start(ranks, ["distprop", "bench", "allreduce", *again, *["--json"] * as_json], module=True)
-        return
     import dataclasses
     import json
 

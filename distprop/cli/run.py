@@ -115,7 +115,6 @@ def train_command(
             again += ["--resume"] * resume + ["--profile"] * profile
             where, limits = Where(hosts, hostfile, [str(config)]), Limits(max_restarts, max_time, timeout, requeue)
             start(ranks, again, module=True, where=where, limits=limits, resume=_resume_train)
-            return
         if max_restarts:
             raise Refusal("--max-restarts is for the process that starts the ranks: give -n N too, or --hosts")
         if math.isfinite(max_time):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import click
 
@@ -123,7 +123,7 @@ def start(
     where: Where = HERE,
     limits: Limits = NO_LIMITS,
     resume: Callable[[str], list[str]] | None = None,
-) -> None:
+) -> NoReturn:
     """Start the ranks and leave with their exit status; a restart runs `resume(run_dir)` instead, if that is given."""
     from distprop import slurm
     from distprop.comm import started_by
@@ -167,7 +167,7 @@ def start(
         job = plan_on(ranks, program, hosts)
     if dry_run:
         click.echo(job.shell())
-        return
+        sys.exit()
     for line in filter(None, (job.description, job.advice)):
         click.echo(f"distprop: {line}", err=True)
     slots = {host.name: host.slots for host in job.hosts}
