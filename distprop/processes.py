@@ -92,6 +92,7 @@ def wait(process: subprocess.Popen[bytes], marker: str, witness: Witness, guard:
             if witness.all_lost:
                 _kill_ranks(marker)  # what they have left holds the launcher's pipes open, and it waits for that
             has_ranks = _has_ranks(marker)
+            had_ranks |= has_ranks
             without = 0 if has_ranks or not had_ranks else without + 1
             if without == 2:
                 print("distprop: all ranks have ended, but not their launcher; killed it", file=sys.stderr, flush=True)

@@ -687,13 +687,17 @@ processes._has_ranks = has_ranks
 """
 
 
-@pytest.mark.parametrize("seconds", [0, 3])
-def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, jobs: Jobs) -> None:
-    """A rank that ends as soon as it has been seen, which is before the first regular look, and one that ends later."""
+@pytest.mark.parametrize(("seconds", "late"), [(0, False), (3, False), (3, True)])
+def test_a_launcher_that_outlives_its_ranks_is_ended(seconds: float, late: bool, jobs: Jobs) -> None:
+    """A rank that ends as soon as it has been seen, which is before the first regular look, and one that ends later.
+
+    And one that is late: it starts when ranks are no longer looked for as often.
+    """
     wait = f"while not os.path.exists(os.environ['SEEN']): time.sleep(0.01)\ntime.sleep({seconds})"
     rank = f"subprocess.Popen([{sys.executable!r}, '-c', {'import os, time' + chr(10) + wait!r}], env=environment)"
     source = f"import os, subprocess, time; environment = {{**os.environ, 'PMI_RANK': '0'}}; {rank}; time.sleep(60)"
-    with jobs.start(jobs.write(SEEN + PLAY), source, SEEN=str(jobs.folder / "seen")) as process:
+    seen = SEEN + "processes._START_SECONDS = 0\n" * late
+    with jobs.start(jobs.write(seen + PLAY), source, SEEN=str(jobs.folder / "seen")) as process:
         done = finish(process, seconds=20)
     assert done.returncode == 1
     assert "all ranks have ended, but not their launcher" in done.stderr
