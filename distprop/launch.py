@@ -39,7 +39,7 @@ from distprop.launcher import (
 )
 from distprop.panel import RESTORE
 from distprop.processes import Stop, exit_status, tether, wait
-from distprop.stopping import STATUS, Watch, deadline
+from distprop.stopping import STATUS, Watch, deadline, resume_forced
 from distprop.witness import Witness
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -83,13 +83,14 @@ def plan(
 
     Raises:
         LaunchError: fewer than one rank, more than a Slurm job has slots or this host memory for, no such script or
-            module, no launcher that belongs to the MPI library, or a limit in the environment that is none.
+            module, no launcher that belongs to the MPI library, or a variable of the environment that says nothing.
         HostsError: more ranks than slots, or hosts that cannot run the job.
         MPIMissingError: more than one rank, and no MPI library is installed.
     """
     try:
-        watchdog.timeout_seconds()  # of the environment, as the next one: each rank would find it wrong by itself
+        watchdog.timeout_seconds()  # of the environment, as the next two: each rank would find it wrong by itself
         deadline()
+        resume_forced()
         allocation = slurm.allocation() if not hosts else None
     except (slurm.AllocationError, ValueError) as error:
         raise LaunchError(str(error)) from error

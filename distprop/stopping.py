@@ -89,10 +89,17 @@ def deadline() -> float:
 
 
 def resume_forced() -> bool:
-    """Whether this is a restart, by the launcher or by Slurm, in which runs go on whatever the script says."""
+    """Whether this is a restart, by the launcher or by Slurm, in which runs go on whatever the script says.
+
+    Raises:
+        ValueError: DISTPROP_RESUME is neither 1 nor 0.
+    """
     from distprop import slurm  # its import is for those who train
 
-    return os.environ.get(RESUME) == "1" or slurm.restarts() > 0
+    said = os.environ.get(RESUME) or "0"
+    if said not in ("0", "1"):
+        raise ValueError(f"{RESUME}={said}: 1 resumes every run that has a run_dir, 0 leaves it to the script")
+    return said == "1" or slurm.restarts() > 0
 
 
 def stop_message(reasons: Sequence[str], step: int, newest: int | None, run_dir: Path | None) -> str:

@@ -101,6 +101,8 @@ def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: st
             "DISTPROP_SIZE=abc is no number of ranks; distprop run sets it",
         ),
         ("DISTPROP_SIZE", ["train", CONFIG], "DISTPROP_SIZE=abc is no number of ranks; distprop run sets it"),
+        ("DISTPROP_RESUME", ["run", "-n", "1", __file__], "DISTPROP_RESUME=abc: 1 resumes every run"),
+        ("DISTPROP_RESUME", ["train", CONFIG], "DISTPROP_RESUME=abc: 1 resumes every run"),
         ("PMI_SIZE", ["doctor"], "PMI_SIZE=abc is no number of ranks; MPICH's mpiexec sets it"),
     ],
 )

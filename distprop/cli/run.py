@@ -103,11 +103,12 @@ def train_command(
     from distprop.checkpoint import CheckpointError
     from distprop.comm import started_by
     from distprop.config import ConfigError, load_config
-    from distprop.stopping import deadline
+    from distprop.stopping import deadline, resume_forced
 
     with refusing(ValueError):
         launcher, started = started_by()
-        deadline()  # of the environment; a Trainer's ValueError would have a traceback
+        deadline()  # of the environment, as the next one; a Trainer's ValueError would have a traceback
+        resume_forced()
     with refusing(ConfigError, CheckpointError, OSError, slurm.AllocationError):
         loaded = load_config(config, settings)  # before any rank starts, so that a mistake is reported once
         if ranks is not None or hosts or hostfile or requeue or _has_slots(launcher, started):
