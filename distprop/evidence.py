@@ -17,7 +17,7 @@ class Evidence:
 
     def __init__(self, run: Run, hashes: Record | None, rank: int) -> None:
         self._hashes, self._rank = hashes, rank
-        self._exact = bool(run.sessions and run.sessions[-1].get("deterministic"))
+        self._exact = bool(run.last_session.get("deterministic"))
         self._losses = {line["step"]: line["loss"] for line in run.steps if line.get("loss") is not None}
         self._apart: dict[int, float] = {}  # by step, in parts of the run's loss
         self._hashed: set[int] = set()

@@ -57,7 +57,7 @@ def _overview(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("loss of the last step", [_last(run.steps, "loss") for run in runs]),
         *((f"{_spoken(key)} of the last epoch", [_last(run.epochs, key) for run in runs]) for key in _epoch_keys(runs)),
         ("ranks", [_ranks(run) for run in runs]),
-        ("parameters", [f"{s['parameters']:,}" if (s := _session(run)).get("parameters") else "–" for run in runs]),
+        ("parameters", [f"{s['parameters']:,}" if (s := run.last_session).get("parameters") else "–" for run in runs]),
         ("time in steps", [_duration(sum(_finite(run.steps, "seconds"))) for run in runs]),
         ("samples a second", [_samples_a_second(run) for run in runs]),
     ]
@@ -76,7 +76,7 @@ def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> str:
     items = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         who = f"{_swatch(number)}{escape(name)}: " if len(runs) > 1 else ""
-        error = _session(run).get("error")
+        error = run.last_session.get("error")
         if error:
             items.append(f'<li class="wrong">{who}{escape(str(error))}</li>')
         if run.state == "died":
@@ -153,7 +153,7 @@ def _health(run: Run, number: int) -> str:
             charts.append(svg.heat_map(title, names, steps, values[shown], logarithmic=False))
     if any("noise_scale" in line for line in run.health):
         scales = [_number(line["noise_scale"]) for line in run.health if "noise_scale" in line]
-        batch = _number(_session(run).get("batch_size"))
+        batch = _number(run.last_session.get("batch_size"))
         note = "A global batch far below it gains by more ranks; far above it they are wasted."
         if math.isfinite(scales[-1]) and math.isfinite(batch):
             note = advice_about_ranks(scales[-1], batch)
@@ -256,7 +256,7 @@ def _imbalance(sums: Mapping[str, Sequence[float]], ranks: int) -> str:
 
 def _configuration(runs: Sequence[Run], names: Sequence[str]) -> str:
     flat = [run.config or _settings(run) for run in runs]
-    models = [_session(run).get("model") for run in runs]
+    models = [run.last_session.get("model") for run in runs]
     blocks = "".join(
         f"<details><summary>model of {escape(name)}</summary><pre>{escape(str(model))}</pre></details>"
         for name, model in zip(names, models, strict=True)
@@ -268,7 +268,7 @@ def _configuration(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _environment(runs: Sequence[Run], names: Sequence[str]) -> str:
     flat = []
     for run in runs:
-        session = _session(run)
+        session = run.last_session
         hosts = session.get("hosts") or []
         flat.append(
             {
@@ -284,7 +284,7 @@ def _environment(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _settings(run: Run) -> dict[str, Any]:
     hidden = {"environment", "hosts", "began", "ended", "error", "stopped", "model", "ranks", "from_step"}
-    return {key: value for key, value in _session(run).items() if key not in hidden}
+    return {key: value for key, value in run.last_session.items() if key not in hidden}
 
 
 def _table(columns: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -383,10 +383,6 @@ def _samples_a_second(run: Run) -> str:
     lines = [line for line in run.steps if _number(line.get("seconds")) > 0]
     seconds = sum(line["seconds"] for line in lines)
     return f"{sum(_number(line.get('examples')) for line in lines) / seconds:,.0f}" if seconds else "–"
-
-
-def _session(run: Run) -> dict[str, Any]:
-    return run.sessions[-1] if run.sessions else {}
 
 
 def _ranks(run: Run) -> str:

@@ -88,9 +88,14 @@ class Run:
     silent_seconds: float = 0.0
 
     @property
+    def last_session(self) -> dict[str, Any]:
+        """The last call of `fit`; empty if none is noted."""
+        return self.sessions[-1] if self.sessions else {}
+
+    @property
     def state(self) -> str:
         """One of "finished", "stopped" (early), "going", "failed" (an exception) and "died" (no word and no end)."""
-        last = self.sessions[-1] if self.sessions else {}
+        last = self.last_session
         if "error" in last:
             return "failed"
         if "ended" in last:
