@@ -300,6 +300,8 @@ def _check_program(arguments: Sequence[str], module: bool) -> None:
     from importlib.machinery import PathFinder
     from importlib.util import find_spec
 
+    if name.endswith(".py"):
+        raise LaunchError(f"no module named {name!r}: -m is for modules; leave it out for a script")
     top = name.partition(".")[0]  # only this part; a submodule cannot be looked up without running its package
     if not top or (PathFinder.find_spec(top, [os.getcwd()]) is None and find_spec(top) is None):
         raise LaunchError(f"no module named {top!r}, neither installed for {sys.executable} nor in {Path.cwd()}")

@@ -187,6 +187,8 @@ def test_what_cannot_be_started_is_refused(script: str) -> None:
         launch.plan(2, ["missing.py"])
     with pytest.raises(launcher.LaunchError, match="no module named 'missing_package'"):
         launch.plan(2, ["missing_package.train"], module=True)
+    with pytest.raises(launcher.LaunchError, match="-m is for modules; leave it out for a script"):
+        launch.plan(2, [script], module=True)
     with pytest.raises(launcher.LaunchError, match="give a script"):
         launch.plan(2, [])
 
