@@ -63,6 +63,13 @@ def test_a_read_only_run_directory_fails() -> None:
     assert "choose another run directory" in found.advice
 
 
+@pytest.mark.parametrize("name", ["file", "file/runs"])
+def test_a_file_is_no_run_directory(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = machine.run_directory(tmp_path / name)
+    assert (found.status, found.value) == ("fail", f"{tmp_path / name}: {tmp_path / 'file'} is a file")
+
+
 def test_a_tiny_and_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny = os.statvfs_result((4096, 4096, 256, 256, 256, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: tiny)

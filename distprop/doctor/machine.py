@@ -85,6 +85,8 @@ def _speed(megabits: int) -> str:
 def run_directory(path: Path) -> Finding:
     """Whether checkpoints can be written there: a folder is made, filled, made durable and renamed, and goes again."""
     existing = existing_folder(path)
+    if (found := next(place for place in _upwards(path) if place.exists())) != existing:
+        return Finding("run directory", f"{path}: {found} is a file", "fail", "choose another run directory")
     try:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".distprop-doctor-") as name:
             began, folder = time.perf_counter(), Path(name)
@@ -111,7 +113,11 @@ def run_directory(path: Path) -> Finding:
 
 def existing_folder(path: Path) -> Path:
     """The folder itself, or the nearest above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return next(place for place in _upwards(path) if place.is_dir())
+
+
+def _upwards(path: Path) -> tuple[Path, ...]:
+    return path.absolute(), *path.absolute().parents
 
 
 def _bytes(number: float) -> str:
