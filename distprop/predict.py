@@ -48,9 +48,9 @@ class Question:
 
     def words(self) -> list[str]:
         """The command line of a rank that measures."""
-        words = [str(self.config)] if self.config else []
+        words = [str(self.config)] if self.config else ["--sizes", ",".join(map(str, self.widths))]
         words += ["--batch", str(self.batch)] if self.batch else []
-        return [*words, "--sizes", ",".join(map(str, self.widths)), "--measure"]
+        return [*words, "--measure"]
 
     @property
     def is_told_everything(self) -> bool:

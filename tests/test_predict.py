@@ -144,6 +144,24 @@ def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: st
     assert message in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.toml"], "cannot read missing.toml"),
+        (["a.toml", "--sizes", "20,5"], "--sizes and CONFIG both say which network; give one of them"),
+        (["--svg", "missing/speedup.svg"], "--svg: there is no folder missing"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("distprop.predict.measure_here", lambda *_: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").touch()
+    done = CliRunner().invoke(main, ["predict", *arguments])
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
 def test_several_ranks_a_host_need_a_link_between_them() -> None:
     alone = Measured(**{**MEASURED.__dict__, "ranks": 1, "ranks_per_host": 1, "within": None})
     with pytest.raises(ValueError, match=r"how fast 4 ranks of a host exchange messages: measure with -n 4, or give"):

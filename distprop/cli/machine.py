@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Where, parse_widths, refusing
+from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Refusal, Where, parse_widths, refusing
 
 
 @click.command("doctor")
@@ -64,7 +65,9 @@ def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, 
 @click.option("-n", "--ranks", type=int, metavar="N", help="Measure on N ranks; one a core of this host by default.")
 @HOSTS
 @HOSTFILE
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the speed-up into FILE.")
+@click.option(
+    "--svg", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the speed-up into FILE."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--measure", "only_measure", is_flag=True, hidden=True)
 def predict_command(
@@ -83,12 +86,18 @@ def predict_command(
     Under mpirun or srun it measures on their ranks.
     """
     from distprop.comm import started_by, world
-    from distprop.config import ConfigError
+    from distprop.config import ConfigError, load_config
     from distprop.hosts import HostsError
     from distprop.predict import Question, answer, measure_here, show
 
     with refusing(ConfigError, HostsError, OSError, ValueError):
         question = Question(widths=tuple(parse_widths(sizes)), **options)
+        if question.config:
+            load_config(question.config)  # before any rank starts, so that a mistake is reported once
+            if click.get_current_context().get_parameter_source("sizes") is ParameterSource.COMMANDLINE:
+                raise Refusal("--sizes and CONFIG both say which network; give one of them")
+        if svg and not svg.absolute().parent.is_dir():
+            raise Refusal(f"--svg: there is no folder {svg.parent}")
         if only_measure or started_by()[1] > 1:
             measured = question.measure(world())
             if only_measure and world().rank == 0:
