@@ -555,6 +555,7 @@ def test_a_file_that_is_no_npz_is_refused_first(configured: Path, tmp_path: Path
     for name in ("one.npy", "text.npz", "pickle.npz", "missing.npz", "cut.npz"):
         answer = command(configured, "--step", 6, "--rank", 1, "--compare", tmp_path / name)
         assert (answer.exit_code, "is not an .npz file" in answer.stderr) == (2, True), name
+        assert "Errno" not in answer.stderr
     assert not (configured / "replay").exists()
 
 

@@ -161,6 +161,8 @@ def test_the_command_writes_the_file_and_refuses_with_a_message(run_dir: Path, t
     answer = CliRunner().invoke(main, ["report", str(run_dir), str(tmp_path / "none"), "-o", str(tmp_path / "x.html")])
     assert (answer.exit_code, answer.stderr) == (2, f"Error: there is no folder {tmp_path / 'none'}\n")
     assert not (tmp_path / "x.html").exists()
+    answer = CliRunner().invoke(main, ["report", str(run_dir), "-o", str(tmp_path / "none/x.html")])
+    assert (answer.exit_code, answer.stderr) == (2, f"Error: {tmp_path}/none/x.html: No such file or directory\n")
 
 
 # --- in a real browser

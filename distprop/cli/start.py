@@ -29,6 +29,8 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without Python's [Errno 2]
+            raise Refusal(f"{error.filename}: {error.strerror}") from error
         raise Refusal(str(error)) from error
 
 

@@ -23,4 +23,4 @@ def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArra
             return {name: arrays[name] for name in (arrays.files if names is None else names)}
     # an array alone, which is what an .npy file has, is no context
     except (OSError, KeyError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
