@@ -143,8 +143,12 @@ def _explain(message: str) -> str:
     text, _, path = message.partition(" - at ")
     place = path.strip("`").removeprefix("$").removeprefix(".")
     if match := re.search(r"unknown field `(.*)`", text):
-        known = list(_SECTIONS[place].__struct_fields__)
-        return f"{f'{place}.' if place else ''}{match[1]}: unknown key; {_suggest(match[1], known)}"
+        known, key = list(_SECTIONS[place].__struct_fields__), match[1]
+        elsewhere = [
+            f"{name}.{key}" for name, section in _SECTIONS.items() if name and key in section.__struct_fields__
+        ]
+        hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else _suggest(key, known)
+        return f"{f'{place}.' if place else ''}{key}: unknown key; {hint}"
     if match := re.search(r"Invalid enum value (.*)", text):
         section, _, key = place.partition(".")
         return f"{place}: cannot be {match[1]}; {_suggest(match[1], _choices(_SECTIONS[section], key))}"

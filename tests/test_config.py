@@ -52,6 +52,8 @@ def test_a_setting_changes_one_value(toml: Path, setting: str, expected: object)
     [
         ("optim.lrr=0.1", r"optim\.lrr: unknown key; did you mean lr\?"),
         ("otpim.lr=0.1", r"otpim: unknown key; did you mean optim\?"),
+        ("lr=0.1", r": lr: unknown key; did you mean optim\.lr\?"),
+        ("optim.epochs=3", r"optim\.epochs: unknown key; did you mean train\.epochs\?"),
         ("train.xyzzy=1", r"train\.xyzzy: unknown key; there are loss, epochs"),
         ("optim.lr=fast", r"optim\.lr: expected `float`, got `str`"),
         ("optim.lr=-1", r"optim\.lr: expected `float` >= 0"),
