@@ -239,9 +239,12 @@ def _choose_run_dir(config: Config, default: Path, resume: bool) -> Path:
     saved = run_dir / "config.toml"
     if resume and (saved.exists() or not resume_forced()):  # a restarted job may not have come so far
         if not saved.exists():
-            raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}")
+            raise ConfigError(f"train.run_dir: there is no run to resume in {run_dir}; leave --resume out to begin one")
         if different := _differences(load_config(saved), config):
-            raise ConfigError(f"cannot resume {run_dir} with other settings: {different}")
+            raise ConfigError(
+                f"cannot resume {run_dir} with other settings: {different}; "
+                f"to go on as it began: distprop train {saved} --resume"
+            )
         return run_dir
     if config.train.run_dir is not None and saved.exists():
         raise ConfigError(f"train.run_dir: {run_dir} holds another run; --resume it, or name a new folder")

@@ -147,7 +147,7 @@ def test_resume_goes_on_where_the_run_stopped(toml: Path, tmp_path: Path, monkey
     runner = CliRunner()
     answer = runner.invoke(main, ["train", str(toml), *settings, "--resume"])
     assert answer.exit_code == 2
-    assert "there is no run to resume in runs/small" in answer.output
+    assert "there is no run to resume in runs/small; leave --resume out to begin one" in answer.output
     assert runner.invoke(main, ["train", str(toml), *settings]).exit_code == 0
     run_dir = tmp_path / "runs" / "small"
     before = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -161,7 +161,8 @@ def test_resume_goes_on_where_the_run_stopped(toml: Path, tmp_path: Path, monkey
     assert without_times[0] == without_times[1]
     answer = runner.invoke(main, ["train", str(toml), *settings, "--set", "optim.lr=0.5", "--resume"])
     assert answer.exit_code == 2
-    assert "cannot resume runs/small with other settings: optim.lr is 0.1 there and 0.5 here" in answer.output
+    assert "cannot resume runs/small with other settings: optim.lr is 0.1 there and 0.5 here; " in answer.output
+    assert "to go on as it began: distprop train runs/small/config.toml --resume" in answer.output
     answer = runner.invoke(main, ["train", "runs/small/config.toml", "--resume"])
     assert answer.exit_code == 0, answer.output
 
