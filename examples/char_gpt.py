@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--run-dir", help="folder for metrics.jsonl")
     args = parser.parse_args()
 
+    if not Path(args.text).is_file():
+        parser.error(f"no file {args.text}: give --text FILE, or set DISTPROP_DATA")
     text = Path(args.text).read_text()
     vocabulary = data.CharVocabulary(text)
     ids = vocabulary.encode(text)

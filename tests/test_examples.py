@@ -84,3 +84,11 @@ def test_example(
     assert len(verdicts) == (name == "vanishing.py"), (
         answer.stdout
     )  # of all networks that are trained, one is to be sick
+
+
+@pytest.mark.parametrize("name", ["char_gpt.py", "lstm_text.py"])
+def test_a_text_that_is_not_there_is_one_message(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / name), "--text", "missing.txt"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    assert answer.returncode == 2
+    assert answer.stderr.endswith("error: no file missing.txt: give --text FILE, or set DISTPROP_DATA\n")
