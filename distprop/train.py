@@ -160,6 +160,10 @@ class Trainer:
             raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
         if health < 0:
             raise ValueError(f"health is a number of steps, 0 or more, or True; got {health}")
+        self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            if not callable(callback):
+                raise TypeError(f"a callback is a function of a StepResult; got {callback!r}")
         self._repeat = repeating.get() if run_dir is not None else None
         repeated_dir = run_dir
         if self._repeat is not None:  # nothing is written into the folder of a run that is repeated
@@ -183,7 +187,6 @@ class Trainer:
         self.run_dir = _path(run_dir) if run_dir is not None else None
         self._fingerprints = Fingerprints(model, self.comm, self.run_dir if fingerprint else None)
         self.checkpoint_every = checkpoint_every
-        self.callbacks = list(callbacks)
         self.step = 0  # updates made
         self.epoch = 0  # the epoch that the next step belongs to
         self.batch = 0  # the batch of that epoch that comes next

@@ -208,6 +208,7 @@ def test_numbers_of_numpy_are_whole_numbers(tmp_path: Path) -> None:
         ({"optimizer": "sgd"}, "needs an Optimizer, such as .*; got 'sgd'"),
         ({"batch_size": 1.5}, "batch_size is a whole number, got 1.5"),
         ({"accumulate": "2"}, "accumulate is a whole number, got '2'"),
+        ({"callbacks": [print, "log"]}, "a callback is a function of a StepResult; got 'log'"),
     ],
 )
 def test_what_is_no_part_of_a_trainer_is_refused(what: dict[str, object], message: str) -> None:
