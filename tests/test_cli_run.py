@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from distprop import launch
+from distprop.cli import main
 from test_launch import needs_mpi
 
 ROOT = Path(__file__).parent.parent
@@ -165,3 +167,11 @@ def test_the_time_limit_is_passed_on_and_checked(script: str) -> None:
         done = distprop("run", "-n", "2", "--timeout", value, "--dry-run", script)
         assert done.returncode == 2
         assert "--timeout" in done.stderr
+
+
+@pytest.mark.parametrize("group", [[], ["bench"]], ids=str)
+def test_the_list_of_commands_says_whole_sentences(group: list[str]) -> None:
+    listed = CliRunner().invoke(main, [*group, "--help"], terminal_width=80).stdout.partition("Commands:\n")[2]
+    lines = listed.splitlines()
+    assert len(lines) >= 6
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines), listed

@@ -9,7 +9,7 @@ import click
 from distprop.cli.start import RANKS, SIZES, Refusal, parse_widths, start
 
 
-@click.group()
+@click.group(short_help="Measure this machine.")
 def bench() -> None:
     """Measure this machine; every figure beside what it is compared with, in the same run."""
 
@@ -17,7 +17,7 @@ def bench() -> None:
 _STEPS = click.option("--steps", default=300, show_default=True, type=click.IntRange(1))
 
 
-@bench.command()
+@bench.command(short_help="Time a step's parts beside a hand-written NumPy loop.")
 @SIZES
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Rows on each rank.")
 @_STEPS
@@ -56,7 +56,7 @@ def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int
         click.echo(show(times, widths, batch_size, shards, comm.size))
 
 
-@bench.command()
+@bench.command(short_help="Time training with gradient health and without.")
 @click.argument("networks", nargs=-1, metavar="[mlp|convolutional]...")
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Rows on each rank.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="With looks, and without.")
@@ -78,7 +78,7 @@ def health(networks: tuple[str, ...], batch: int, steps: int, ranks: int | None)
             click.echo(show(network, times, batch, comm.size))
 
 
-@bench.command()
+@bench.command(short_help="Time every operation beside PyTorch's.")
 @click.argument("names", nargs=-1)
 @click.option("--repeats", default=15, show_default=True, type=click.IntRange(1))
 def ops(names: tuple[str, ...], repeats: int) -> None:
@@ -100,7 +100,7 @@ def ops(names: tuple[str, ...], repeats: int) -> None:
     click.echo(summary(table))
 
 
-@bench.command()
+@bench.command(short_help="Time the sum of an array beside MPI's own Allreduce.")
 @click.option("--sizes", default=None, metavar="MB,MB", help="Millions of bytes; from 1 kB to 100 MB by default.")
 @click.option("--repeats", default=None, type=click.IntRange(1), help="For each size; by default as its size allows.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -128,7 +128,7 @@ def allreduce(sizes: str | None, repeats: int | None, as_json: bool, ranks: int 
         click.echo(json.dumps(table) if as_json else measured.show(rows, comm, mpi.library().name))
 
 
-@bench.command()
+@bench.command(short_help="Time steps against model, batch, depth, ranks and dataset.")
 @click.argument("parts", nargs=-1, metavar="[model|batch|depth|ranks|dataset]...")
 @click.option("--quick", is_flag=True, help="The small end of each, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

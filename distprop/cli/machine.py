@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Refusal, Where, parse_widths, refusing
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say what is amiss with MPI, BLAS, this machine or hosts.")
 @click.option("-n", "--ranks", type=click.IntRange(1), metavar="N", help="Start N ranks, and measure.")
 @HOSTS
 @HOSTFILE
@@ -49,7 +49,7 @@ def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, 
     sys.exit(not asked and worst(findings) == "fail")
 
 
-@click.command("predict")
+@click.command("predict", short_help="Predict step time and efficiency on 1 to 4,096 ranks.")
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @SIZES
 @click.option("--batch", type=click.IntRange(1), help="Rows; CONFIG's batch_size, or 128.")

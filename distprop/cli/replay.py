@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distprop.tape import Array
 
 
-@click.command()
+@click.command(short_help="Make one rank's step of a run again, without MPI.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=int, required=True, metavar="S", help="Which update, 1 for the first.")
 @click.option("--rank", type=int, required=True, metavar="R", help="Whose share of it.")

@@ -10,7 +10,7 @@ import click
 from distprop.cli.start import refusing
 
 
-@click.command()
+@click.command(short_help="Print a hash of the parameters at each step, or compare runs.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 def fingerprint(run: Path, other: Path | None) -> None:
@@ -40,7 +40,7 @@ def fingerprint(run: Path, other: Path | None) -> None:
         sys.exit(1)
 
 
-@click.command()
+@click.command(short_help="Sum up the time line of a profiled run.")
 @click.argument("run", type=click.Path(path_type=Path))
 def trace(run: Path) -> None:
     """Sum up the time line of a profiled run: where the time went, on which rank, and the critical path.
@@ -54,7 +54,7 @@ def trace(run: Path) -> None:
         click.echo(show(read_trace(run)))
 
 
-@click.command()
+@click.command(short_help="Make one HTML file of one or several runs.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="By default report.html in the (first) run.")
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
@@ -72,7 +72,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     click.echo(f"{target}: {len(html) / 1e3:,.0f} kB")
 
 
-@click.command()
+@click.command(short_help="Write a run's numbers as CSV or for TensorBoard.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="A row for each step; - prints.")
 @click.option("--tensorboard", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Event files, in DIR.")

@@ -26,7 +26,11 @@ from distprop.cli.start import (
 )
 
 
-@click.command("run", context_settings={"allow_interspersed_args": False})  # what follows the script belongs to it
+@click.command(
+    "run",
+    short_help="Run a Python script on several ranks.",
+    context_settings={"allow_interspersed_args": False},  # what follows the script belongs to it
+)
 @click.option(
     "-n", "--ranks", type=int, metavar="N", help="How many processes; with hosts and under Slurm, all slots by default."
 )
