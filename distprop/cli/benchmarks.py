@@ -39,7 +39,7 @@ def step(sizes: str, batch: int, steps: int, ranks: int | None) -> None:
 @bench.command()
 @SIZES
 @click.option("--batch-size", default=1024, show_default=True, type=click.IntRange(1), help="Rows of the global batch.")
-@click.option("--shards", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--shards", default=8, show_default=True, type=click.IntRange(1), help="Pieces of a global batch.")
 @_STEPS
 @RANKS
 def determinism(sizes: str, batch_size: int, shards: int, steps: int, ranks: int | None) -> None:

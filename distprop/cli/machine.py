@@ -16,7 +16,13 @@ from distprop.cli.start import HOSTFILE, HOSTS, SIZES, Refusal, Where, parse_wid
 @click.option("-n", "--ranks", type=click.IntRange(1), metavar="N", help="Start N ranks, and measure.")
 @HOSTS
 @HOSTFILE
-@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder of runs, in which checkpoints are to be written.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(ranks: int | None, hosts: str | None, hostfile: Path | None, run_dir: Path, as_json: bool) -> None:
     """Look at MPI, BLAS and this machine, and say what to do about what is amiss.
