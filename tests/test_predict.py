@@ -53,6 +53,11 @@ def test_what_is_told_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, text.splitlines()[:-1])) <= 80  # all but the verdict, which the terminal wraps
 
 
+def test_ranks_that_were_asked_for_are_measured_whatever_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distprop.predict.measure_here", lambda *_: MEASURED)
+    assert "within a host: 2 ranks, 80 Gbit/s, 1 µs (measured)" in predict(*TOLD, "-n", "2")
+
+
 def test_json_has_every_number_of_ranks_and_the_drawing_is_written(tmp_path: Path) -> None:
     found = json.loads(predict(*TOLD, "--json", "--scaling", "strong", "--svg", str(tmp_path / "speedup.svg")))
     assert [row["ranks"] for row in found["forecasts"]] == [2**power for power in range(13)]

@@ -113,7 +113,7 @@ def predict_command(
             found = answer(question, measured)
         else:
             where = Where(hosts, hostfile).read()
-            told = question.is_told_everything and not where
+            told = question.is_told_everything and ranks is None and not where
             found = answer(question, None if told else measure_here(question, ranks, where))
         if svg:
             from distprop.chart import as_svg
