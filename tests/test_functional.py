@@ -515,9 +515,8 @@ def test_nll_loss_says_what_is_wrong():
 
 @pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits])
 def test_a_target_of_another_shape_is_refused_not_broadcast(loss):
-    with pytest.raises(
-        ValueError, match=rf"{loss.__name__} got predictions of shape \(3, 1\) and targets of shape \(3,"
-    ):
+    refusal = rf"{loss.__name__} got predictions of shape \(3, 1\) and targets of shape \(3,\); they must be equal"
+    with pytest.raises(ValueError, match=refusal):
         loss(np.zeros((3, 1)), np.zeros(3))
 
 

@@ -271,7 +271,10 @@ def _pair(operation: str, input: Operand, target: Operand) -> tuple[Tensor, Tens
     x, y = as_tensor(input), as_tensor(target)
     floating(operation, x)
     if x.shape != y.shape:  # broadcasting (n, 1) against (n,) here is a well-known silent mistake
-        raise ValueError(f"{operation} got predictions of shape {x.shape} and targets of shape {y.shape}")
+        raise ValueError(
+            f"{operation} got predictions of shape {x.shape} and targets of shape {y.shape}; they must be equal, as "
+            "y[:, None] makes (3, 1) of (3,)"
+        )
     return x, y
 
 
