@@ -154,3 +154,9 @@ def test_every_name_of_the_public_surface_exists() -> None:
 
 def test_the_version_is_the_one_in_pyproject() -> None:
     assert f'version = "{distprop.__version__}"' in (PACKAGE.parent / "pyproject.toml").read_text()
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Modules of one name cannot be collected together, as `pytest` without arguments does."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))

@@ -1,6 +1,6 @@
 """What is read from Slurm's environment, what is planned from it, and when a job is put back into the queue.
 
-The same on a real Slurm is in tests/cluster/test_slurm.py.
+The same on a real Slurm is in tests/cluster/test_slurm_nodes.py.
 """
 
 from __future__ import annotations
