@@ -92,16 +92,14 @@ def predict_command(
     Under mpirun or srun it measures on their ranks.
     """
     from distprop.comm import started_by, world
-    from distprop.config import ConfigError, load_config
+    from distprop.config import ConfigError
     from distprop.hosts import HostsError
     from distprop.predict import Question, answer, measure_here, show
 
     with refusing(ConfigError, HostsError, OSError, ValueError):
         question = Question(widths=tuple(parse_widths(sizes)), **options)
-        if question.config:
-            load_config(question.config)  # before any rank starts, so that a mistake is reported once
-            if click.get_current_context().get_parameter_source("sizes") is ParameterSource.COMMANDLINE:
-                raise Refusal("--sizes and CONFIG both say which network; give one of them")
+        if question.config and click.get_current_context().get_parameter_source("sizes") is ParameterSource.COMMANDLINE:
+            raise Refusal("--sizes and CONFIG both say which network; give one of them")
         if svg and not svg.absolute().parent.is_dir():
             raise Refusal(f"--svg: there is no folder {svg.parent}")
         if only_measure or started_by()[1] > 1:
