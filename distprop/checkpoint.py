@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distprop.comm.base import Communicator
+from distprop.comm.base import Communicator, allgather_for
 from distprop.tape import Array
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def broadcast(found: Checkpoint | None, comm: Communicator) -> Checkpoint | None
     if found is not None:
         kinds = {part: {n: [a.dtype.str, a.shape] for n, a in arrays.items()} for part, arrays in found.tensors.items()}
         layout = json.dumps([found.step, found.state, kinds]).encode()
-    described = json.loads(comm.allgather(layout if comm.rank == 0 else b"")[0])
+    described = json.loads(allgather_for("a checkpoint", comm, layout if comm.rank == 0 else b"")[0])
     if described is None:
         return None
     step, state, kinds = described

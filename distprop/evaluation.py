@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distprop.comm import Communicator, recorder
+from distprop.comm.base import allgather_for
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset, check_dataset, split_target
 from distprop.data.loader import share
@@ -64,7 +65,8 @@ def evaluate(
     finally:
         for module, training in was_training:
             module.training = training
-    of_all = np.frombuffer(b"".join(comm.allgather(np.array(sums, np.float64).tobytes())))
+    purpose = f"evaluation of {len(dataset):,} examples"
+    of_all = np.frombuffer(b"".join(allgather_for(purpose, comm, np.array(sums, np.float64).tobytes())))
     here.at(phase)
     columns = of_all.reshape(-1, 4).T.tolist()
     count, total, correct, labels = map(_sum, columns)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 
 from distprop.comm import Communicator
+from distprop.comm.base import allgather_for
 from distprop.metrics import forget_after
 from distprop.nn.module import Module
 from distprop.replicas import DivergenceError, checksum
@@ -74,7 +75,7 @@ class Fingerprints:
             return
         steps, mine = self._steps, np.stack(self._rows)
         self._steps, self._rows = [], []
-        of_all = self._comm.allgather(checksum(mine).to_bytes(4, "little"))
+        of_all = allgather_for("fingerprints", self._comm, checksum(mine).to_bytes(4, "little"))
         if len(set(of_all)) == 1:
             self._write({step: Hashes(row) for step, row in zip(steps, mine, strict=True)})
             return

@@ -219,7 +219,7 @@ def _load_npz(path: Path) -> ArrayDataset:
 def _agree_on_run_dir(config: Config, default: Path, resume: bool, comm: Communicator) -> Path:
     """A folder of this run alone; rank 0 chooses it."""
     chosen = _together(comm, lambda: _choose_run_dir(config, default, resume) if comm.rank == 0 else default)
-    return Path(allgather_json(comm, str(chosen))[0])
+    return Path(allgather_json("a choice of run_dir", comm, str(chosen))[0])
 
 
 def _together(comm: Communicator, make: Callable[[], T]) -> T:
@@ -229,7 +229,7 @@ def _together(comm: Communicator, make: Callable[[], T]) -> T:
         made = make()
     except ConfigError as error:
         mistake = str(error)
-    if mistakes := list(filter(None, allgather_json(comm, mistake))):
+    if mistakes := list(filter(None, allgather_json("a look at the configuration", comm, mistake))):
         raise ConfigError(mistakes[0])
     return made
 

@@ -21,6 +21,7 @@ import numpy as np
 from distprop import random
 from distprop.buffer import FlatBuffer, fill_missing
 from distprop.comm import Communicator, recorder, world
+from distprop.comm.base import allgather_for
 from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
 from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
@@ -412,7 +413,7 @@ class DataParallel:
 
     def _refuse_bad_gradients(self) -> None:
         """Some rank has sent what is not finite; all ranks know, so they can ask which."""
-        found = self.comm.allgather(self._sum.bad_parameter.encode())
+        found = allgather_for("a gradient that is not finite", self.comm, self._sum.bad_parameter.encode())
         self._sum.bad_parameter = ""
         culprits = tuple(rank for rank, name in enumerate(found) if name)
         where = "; ".join(f"{here.name(rank)}, parameter {found[rank].decode()} first" for rank in culprits[:8])
@@ -489,7 +490,7 @@ class DataParallel:
             return
         # Where there was no room for the gradients, there would be none for the optimizer's state
         common = node.allocate_common(buffer.data.size, buffer.data.dtype) if self._in_shared_memory else None
-        if b"" in self.comm.allgather(b"" if common is None else b"shared"):
+        if b"" in allgather_for("DataParallel() or Trainer()", self.comm, b"" if common is None else b"shared"):
             self._say("there is no shared memory for one copy of the parameters; each rank keeps its own")
         elif common is not None:
             buffer.share(node, common)

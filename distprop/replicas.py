@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distprop.comm.base import Communicator, allgather_json
+from distprop.comm.base import Communicator, allgather_for, allgather_json
 from distprop.nn.module import Module
 from distprop.tape import Array
 from distprop.tensor import Parameter
@@ -30,7 +30,7 @@ def compare_layout(module: Module, comm: Communicator) -> None:
     """
     layout = [f"{n} {p.shape} {p.dtype}{'' if p.requires_grad else ' frozen'}" for n, p in module.named_parameters()]
     layout += [f"{name} {buffer.shape} {buffer.dtype} buffer" for name, buffer in module.named_buffers()]
-    layouts = allgather_json(comm, layout)
+    layouts = allgather_json("DataParallel() or Trainer()", comm, layout)
     for rank, other in enumerate(layouts):
         if other != layouts[0]:
             length = min(len(other), len(layouts[0]))
@@ -45,7 +45,7 @@ def compare_settings(settings: Mapping[str, Any], comm: Communicator) -> None:
     Raises:
         ValueError: they differ; names the first setting that does.
     """
-    first, *others = allgather_json(comm, {name: repr(value) for name, value in settings.items()})
+    first, *others = allgather_json("fit()", comm, {name: repr(value) for name, value in settings.items()})
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other[name] != value:
@@ -59,7 +59,7 @@ def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicat
         DivergenceError: names the first parameter that differs, and the ranks.
     """
     sums = np.array([checksum(parameter.data) for _, parameter in parameters], np.uint32)
-    messages = comm.allgather(np.float64(note).tobytes() + sums.tobytes())
+    messages = allgather_for("a comparison of parameters", comm, np.float64(note).tobytes() + sums.tobytes())
     every_sum = [np.frombuffer(message, np.uint32, offset=8) for message in messages]
     for number, (name, parameter) in enumerate(parameters):
         by_sum: dict[int, list[int]] = {}

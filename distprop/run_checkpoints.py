@@ -17,6 +17,7 @@ import numpy as np
 from distprop import checkpoint
 from distprop.checkpoint import Checkpoint, CheckpointError
 from distprop.comm import Communicator
+from distprop.comm.base import allgather_for
 from distprop.fingerprint import FINGERPRINTS
 from distprop.metrics import METRICS, forget_after, set_aside
 from distprop.nn.module import Module
@@ -77,7 +78,7 @@ class RunCheckpoints:
             found = checkpoint.newest(root, _warn) if self._comm.rank == 0 else None
         except CheckpointError as error:
             mistake = str(error)
-        if mistake := self._comm.allgather(mistake.encode())[0].decode():
+        if mistake := allgather_for("a search for checkpoints", self._comm, mistake.encode())[0].decode():
             raise CheckpointError(mistake)  # on all ranks, none of which waits for another
         found = checkpoint.broadcast(found, self._comm)
         if found is not None and not resume:

@@ -42,7 +42,7 @@ def session(run_dir: Path | None, comm: Communicator, settings: Mapping[str, Any
     if run_dir is None:
         yield entry
         return
-    hosts = allgather_json(comm, os.uname().nodename)
+    hosts = allgather_json("fit() with a run_dir", comm, os.uname().nodename)
     if comm.rank:
         yield entry
         return

@@ -8,7 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
-from distprop.comm.base import Communicator, allgather_json
+from distprop.comm.base import Communicator, allgather_for, allgather_json
 
 _PATIENCE_SECONDS = 3.0  # until a new file is seen on other hosts; NFS remembers for so long that there was none
 
@@ -30,9 +30,9 @@ def check_shared(folder: Path, comm: Communicator, *, required: bool) -> None:
     if comm.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    seen = folder / comm.allgather(name.encode())[0].decode()
+    seen = folder / allgather_for("a look at the run directory", comm, name.encode())[0].decode()
     mine = {"host": os.uname().nodename, "sees": _appears(seen), "step": _newest_step(folder)}
-    answers = allgather_json(comm, mine)
+    answers = allgather_json("a look at the run directory", comm, mine)
     if comm.rank == 0:
         seen.unlink()
     first = answers[0]

@@ -170,7 +170,7 @@ class StopRequest:
 
     def leave(self, comm: Communicator, step: int, newest: int | None, run_dir: Path | None) -> NoReturn:
         """End training after `step`; `newest` is the step of the last checkpoint in `run_dir`, if any. Collective."""
-        message = stop_message(allgather_json(comm, self.reason), step, newest, run_dir)
+        message = stop_message(allgather_json("the end of a stopped fit()", comm, self.reason), step, newest, run_dir)
         if comm.rank == 0:
             print(f"distprop: {message}", file=sys.stderr, flush=True)
         raise StoppedError(message)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 
-from distprop.comm.base import Communicator, allgather_json
+from distprop.comm.base import Communicator, allgather_for, allgather_json
 from distprop.nn.module import Module
 from distprop.nn.watch import watch_forward
 from distprop.tape import Node, next_number, observe_backward
@@ -87,7 +87,9 @@ class Timeline:
     def take_all(self, comm: Communicator) -> dict[str, list[float]]:
         """`take()` of every rank: for each phase a list by rank. Collective."""
         mine = struct.pack(f"={len(PHASES)}d", *self.take().values())
-        rows = [struct.unpack(f"={len(PHASES)}d", message) for message in comm.allgather(mine)]
+        rows = [
+            struct.unpack(f"={len(PHASES)}d", message) for message in allgather_for("the end of an epoch", comm, mine)
+        ]
         return {phase: [round(row[i], 4) for row in rows] for i, phase in enumerate(PHASES)}
 
 
@@ -145,7 +147,7 @@ class Profile:
         self.close()
         clocks = self._first.then(compare_clocks(self._comm))
         aligned = [(*span[:2], *clocks.aligned(self._comm.rank, span[2:])) for span in spans]
-        of_all = allgather_json(self._comm, [os.uname().nodename, aligned])
+        of_all = allgather_json("the time line", self._comm, [os.uname().nodename, aligned])
         if self._comm.rank == 0:
             tree = chrome_trace([host for host, _ in of_all], [spans for _, spans in of_all])
             tree["otherData"]["clock_uncertainty_us"] = [round(ns / 1000, 3) for ns in clocks.uncertainty]
@@ -260,8 +262,11 @@ def compare_clocks(
         row[0] = clock()
         comm.barrier()
         row[1] = clock()
-    of_all = [np.frombuffer(message, np.int64).reshape(-1, 2) for message in comm.allgather(stamps.tobytes())]
-    identities = comm.allgather(_clock_identity() if identity is None else identity)
+    of_all = [
+        np.frombuffer(message, np.int64).reshape(-1, 2)
+        for message in allgather_for("a comparison of clocks", comm, stamps.tobytes())
+    ]
+    identities = allgather_for("a comparison of clocks", comm, _clock_identity() if identity is None else identity)
     first = of_all[0]
     low = np.array([(own[:, 0] - first[:, 1]).max() for own in of_all], float)
     high = np.array([(own[:, 1] - first[:, 0]).min() for own in of_all], float)

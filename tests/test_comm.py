@@ -6,6 +6,7 @@ import pytest
 
 from communicator_suite import suite
 from distprop.comm import CollectiveError, SoloCommunicator, play, run_threads, world
+from distprop.comm.base import allgather_for
 from scenario import run
 
 # The table of communicators that live in one process: a world of one, and threads. tests/parallel has MPI's row.
@@ -101,6 +102,29 @@ def test_abort_ends_every_rank_with_the_status():
         run_threads(3, abort_on_one)
     assert leaving.value.code == 3
     assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "others", "said", "culprits"),
+    [
+        (2, "fit()", r"rank 0: evaluation; rank 1: fit\(\)", (0, 1)),
+        (3, "fit()", r"rank 0: evaluation; ranks 1, 2: fit\(\)", (0,)),
+        (3, None, "rank 0: evaluation; ranks 1, 2: something else", (0,)),
+    ],
+)
+def test_ranks_that_gather_for_different_purposes_are_told(ranks, others, said, culprits):
+    """They would take each other's messages for their own."""
+
+    def gather(comm):
+        if comm.rank and others is None:
+            return comm.allgather(b"of a script's own")
+        with pytest.raises(CollectiveError, match=said) as caught:
+            allgather_for(others if comm.rank else "evaluation", comm, b"message")
+        assert caught.value.culprits == culprits
+        return None
+
+    run_threads(ranks, gather)
+    assert run_threads(2, lambda comm: allgather_for("evaluation", comm, b"%d" % comm.rank)) == [[b"0", b"1"]] * 2
 
 
 @pytest.mark.parametrize(

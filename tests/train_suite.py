@@ -13,7 +13,7 @@ import pytest
 
 from distprop import functional as F
 from distprop import manual_seed, nn, optim
-from distprop.comm import Communicator
+from distprop.comm import CollectiveError, Communicator
 from distprop.data import ArrayDataset
 from distprop.data.loader import order, share
 from distprop.evaluation import EVALUATION_ROWS
@@ -156,6 +156,15 @@ def evaluation_is_exact_for_any_split(comm: Communicator) -> None:
         np.testing.assert_allclose(found["loss"], F.cross_entropy(output, dataset.y).item(), rtol=1e-12)
         assert found["accuracy"] == (output.data.argmax(1) == dataset.y).sum() / length
         assert_equal_on_all_ranks(comm, found)
+
+
+@suite.scenario(min_size=2)
+def evaluation_of_another_set_on_one_rank_is_refused(comm: Communicator) -> None:
+    trainer = make_trainer(comm)
+    with pytest.raises(
+        CollectiveError, match=r"rank 0: evaluation of 5 examples; ranks? 1.*: evaluation of 7 examples"
+    ):
+        trainer.evaluate(classes(7 if comm.rank else 5))
 
 
 @suite.scenario()

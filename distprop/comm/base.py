@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 Array = TypeVar("Array", bound=NDArray[Any])
 
+_END_OF_TAG = b"\0\n"  # between purpose and message
+
 
 class CollectiveError(RuntimeError):
-    """A collective operation could not be completed, because another rank failed or called a different one."""
+    """A collective could not be completed, since another rank failed or called another; `culprits` if known which."""
+
+    def __init__(self, message: str, culprits: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        if culprits:
+            self.culprits = tuple(culprits)
 
 
 class Communicator(Protocol):
@@ -69,10 +76,39 @@ class Communicator(Protocol):
         """End every rank of the job now, with exit status `status`. Not collective: one rank is enough."""
 
 
-def allgather_json(comm: Communicator, value: Any) -> list[Any]:
-    """Every rank's `value`, by rank: what JSON can say, so a tuple arrives as a list. Collective."""
-    messages = comm.allgather(json.dumps(value, separators=(",", ":")).encode())
+def allgather_for(purpose: str, comm: Communicator, message: bytes) -> list[bytes]:
+    """Every rank's message, by rank, all for one purpose. Collective.
+
+    Raises:
+        CollectiveError: on all ranks; some gather for another purpose, such as one that evaluates alone. Without this
+            they would take each other's messages for their own.
+    """
+    tag = purpose.encode() + _END_OF_TAG
+    messages = comm.allgather(tag + message)
+    if not all(other.startswith(tag) for other in messages):
+        raise _different_places(messages)
+    return [other[len(tag) :] for other in messages]
+
+
+def allgather_json(purpose: str, comm: Communicator, value: Any) -> list[Any]:
+    """`allgather_for` of what JSON can say, so a tuple arrives as a list. Collective."""
+    messages = allgather_for(purpose, comm, json.dumps(value, separators=(",", ":")).encode())
     return [json.loads(message) for message in messages]
+
+
+def _different_places(messages: Sequence[bytes]) -> CollectiveError:
+    at: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        name, end, _ = message.partition(_END_OF_TAG)
+        at.setdefault(name.decode(errors="replace") if end else "something else", []).append(rank)
+    *fewer, most = sorted(at.values(), key=len)
+    odd = fewer if len(fewer[-1]) < len(most) else at.values()  # of two camps of one size nobody knows
+    places = "; ".join(f"rank{'s' * (len(at[name]) > 1)} {', '.join(map(str, at[name]))}: {name}" for name in at)
+    return CollectiveError(
+        f"the ranks are at different places ({places}); all ranks must make the same calls in the same order, also "
+        "those of evaluate()",
+        sorted(rank for ranks in odd for rank in ranks),
+    )
 
 
 def check_root(root: int, size: int) -> None:

@@ -32,17 +32,17 @@ def check_job(comm: Communicator, run_dir: Path, host: str | None = None) -> lis
     by_host = ranks_by_host(comm, host)
     own = next(ranks for ranks in by_host.values() if comm.rank in ranks)
     affinity = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else ""
-    allowed = allgather_json(comm, affinity)
+    allowed = allgather_json("doctor", comm, affinity)
     cores = len({core for rank in own for core in allowed[rank].split(",")}) if affinity else None
     mine = check_host(run_dir, len(own), cores) if comm.rank == own[0] else []
-    said = allgather_json(comm, [asdict(finding) for finding in mine])
+    said = allgather_json("doctor", comm, [asdict(finding) for finding in mine])
     findings = {
         name: [Finding(**{**finding, "host": name}) for finding in said[ranks[0]]] for name, ranks in by_host.items()
     }
     together = [binding(name, [allowed[rank] for rank in ranks]) for name, ranks in by_host.items()]
     if len(by_host) > 1:
         together += compare_hosts(findings)
-        every = allgather_json(comm, addresses())
+        every = allgather_json("doctor", comm, addresses())
         together.append(same_addresses({name: every[ranks[0]] for name, ranks in by_host.items()}))
         together.append(shared_run_directory(comm, run_dir, by_host))
     links = measure_links(comm, host=host)
