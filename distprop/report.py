@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
-
-from distprop import svg
-from distprop.rundir import Run, RunDirError
+from distprop.run_charts import colour_of, curves, health, number_in, rates, spoken, times
+from distprop.rundir import Run
 from distprop.stylesheet import STYLE
-from distprop.timeline import PHASES
-from distprop.trace import describe_path, read_trace, summarise
-from distprop.verdicts import advice_about_ranks
 
-_RUN_COLOURS = [f"var(--run{number})" for number in range(6)]
-_PHASE_COLOURS = {phase: f"var(--phase{number})" for number, phase in enumerate(PHASES)}
 _STATES = {"finished": "good", "going": "busy", "stopped": "busy", "failed": "wrong", "died": "wrong"}
-_MANY_ROWS = 40  # of a heat map; biases have none where there are more
-_RESULT_KEYS = {"step", "epoch", "loss", "lr", "examples", "seconds"}
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -35,9 +26,9 @@ def page(runs: Sequence[Run]) -> str:
     sections = [
         _overview(runs, names),
         _verdicts(runs, names),
-        _section("Curves", _curves(runs, names)),
-        _section("Gradient health", _side_by_side(runs, names, _health)),
-        _section("Time", _rates(runs, names) + _side_by_side(runs, names, _times)),
+        _section("Curves", curves(runs, names)),
+        _section("Gradient health", _side_by_side(runs, names, health)),
+        _section("Time", rates(runs, names) + _side_by_side(runs, names, times)),
         _configuration(runs, names),
         _environment(runs, names),
     ]
@@ -55,10 +46,10 @@ def _overview(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("state", [_state(run) for run in runs]),
         ("steps", [f"{run.steps[-1]['step']:,}" if run.steps else "0" for run in runs]),
         ("loss of the last step", [_last(run.steps, "loss") for run in runs]),
-        *((f"{_spoken(key)} of the last epoch", [_last(run.epochs, key) for run in runs]) for key in _epoch_keys(runs)),
+        *((f"{spoken(key)} of the last epoch", [_last(run.epochs, key) for run in runs]) for key in _epoch_keys(runs)),
         ("ranks", [_ranks(run) for run in runs]),
         ("parameters", [f"{s['parameters']:,}" if (s := run.last_session).get("parameters") else "–" for run in runs]),
-        ("time in steps", [_duration(sum(_finite(run.steps, "seconds"))) for run in runs]),
+        ("time in steps", [_duration(_seconds(run)) for run in runs]),
         ("samples a second", [_samples_a_second(run) for run in runs]),
     ]
     body = "".join(
@@ -82,7 +73,7 @@ def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> str:
         if run.state == "died":
             silence = f"no word for {_duration(run.silent_seconds)} and no end: it was killed, or hangs"
             items.append(f'<li class="wrong">{who}{silence}</li>')
-        losses = [_number(line.get("loss")) for line in run.steps]
+        losses = [number_in(line.get("loss")) for line in run.steps]
         bad = [line["step"] for line, loss in zip(run.steps, losses, strict=True) if not math.isfinite(loss)]
         if bad:
             items.append(
@@ -99,159 +90,6 @@ def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> str:
     if not items:
         items = ['<li class="fine">nothing wrong was noticed</li>']
     return _section("Verdicts", f'<ul class="verdicts">{"".join(items)}</ul>')
-
-
-def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Training values of each step, validation values of each epoch, all runs in one chart."""
-    metrics = sorted({k for run in runs for line in run.steps[:1] + run.steps[-1:] for k in line} - _RESULT_KEYS)
-    charts = []
-    for key in ["loss", *metrics]:
-        curves = []
-        for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-            colour, label = _RUN_COLOURS[number % len(_RUN_COLOURS)], f"{name} " if len(runs) > 1 else ""
-            curves.append(svg.Line(f"{label}training", *_series(run.steps, key), colour))
-            steps, values = _series(run.epochs, f"validation_{key}")
-            if len(steps):
-                second = colour if len(runs) > 1 else _RUN_COLOURS[1]
-                curves.append(svg.Line(f"{label}validation", steps, values, second, dots=True, dashed=True))
-        linear = False if key.endswith("accuracy") else None
-        charts.append(svg.lines(_spoken(key), [curve for curve in curves if len(curve.x)], logarithmic=linear))
-    rates = [
-        svg.Line(name, *_series(run.steps, "lr"), _RUN_COLOURS[number % len(_RUN_COLOURS)])
-        for number, (run, name) in enumerate(zip(runs, names, strict=True))
-    ]
-    charts.append(svg.lines("learning rate", [rate for rate in rates if len(rate.x)]))
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _health(run: Run, number: int) -> str:
-    """Heat maps by layer over the steps, and the noise scale."""
-    if not run.health:
-        return '<p class="note">This run recorded no gradient health.</p>'
-    steps = [float(line["step"]) for line in run.health]
-    layers = list(dict.fromkeys(name for line in run.health for name in line["health"]))
-    weights = [name for name in layers if not name.rpartition(".")[2].startswith("bias")]
-    left_out = len(layers) - len(weights) if len(layers) > _MANY_ROWS and weights else 0
-    layers = weights if left_out else layers
-    units = list(dict.fromkeys(name for line in run.health for name in line.get("units") or {}))
-    charts = [
-        svg.heat_map("norm of the gradient", layers, steps, _matrix(run.health, "health", layers, "grad_norm")),
-        svg.heat_map(
-            "update-to-weight ratio",
-            layers,
-            steps,
-            _matrix(run.health, "health", layers, "update_ratio"),
-            "About 0.001 is usual; far above it a layer jumps about, far below it stands still.",
-        ),
-        svg.heat_map("norm of the weights", layers, steps, _matrix(run.health, "health", layers, "weight_norm")),
-    ]
-    for key in ("dead", "saturated"):
-        values = _matrix(run.health, "units", units, key)
-        shown = [i for i in range(len(units)) if np.nanmax(values[i], initial=0) > 0]
-        if shown:
-            names, title = [units[i] for i in shown], f"share of {key} units"
-            charts.append(svg.heat_map(title, names, steps, values[shown], logarithmic=False))
-    if any("noise_scale" in line for line in run.health):
-        scales = [_number(line["noise_scale"]) for line in run.health if "noise_scale" in line]
-        batch = _number(run.last_session.get("batch_size"))
-        note = "A global batch far below it gains by more ranks; far above it they are wasted."
-        if math.isfinite(scales[-1]) and math.isfinite(batch):
-            note = advice_about_ranks(scales[-1], batch)
-        curve = svg.Line("noise scale", *_series(run.health, "noise_scale"), _RUN_COLOURS[number % len(_RUN_COLOURS)])
-        charts.append(svg.lines("gradient noise scale, in examples", [curve], note=note))
-    remark = f'<p class="note">{left_out} biases are left out of these charts.</p>' if left_out else ""
-    return "".join(charts) + remark
-
-
-def _rates(runs: Sequence[Run], names: Sequence[str]) -> str:
-    curves = []
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        lines = [line for line in run.steps if _number(line.get("seconds")) > 0]
-        rates = [_number(line.get("examples")) / line["seconds"] for line in lines]
-        if rates:
-            colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
-            curves.append(svg.Line(name, [line["step"] for line in lines], rates, colour))
-    return f'<div class="charts">{svg.lines("samples a second, without waiting for data", curves)}</div>'
-
-
-def _times(run: Run, number: int) -> str:
-    """Where each rank's time went, how even the ranks were, and the profile's critical path if there is one."""
-    sums = _seconds_by_rank(run)
-    ranks = max(map(len, sums.values()), default=0)
-    if not ranks:
-        parts = ['<p class="note">No epoch has ended, so there are no times by rank yet.</p>']
-    else:
-        shown = [(p, _PHASE_COLOURS.get(p, "var(--muted)"), v) for p, v in sums.items() if any(v)]
-        bars = svg.stacked_bars("where the time went", [f"rank {rank}" for rank in range(ranks)], shown)
-        parts = [f"<div>{bars}{_imbalance(sums, ranks)}</div>"]
-    parts.append(_compute_over_time(run))
-    try:
-        summary = summarise(read_trace(run.path))
-    except RunDirError:
-        return "".join(parts)
-    slowest = sorted(summary.layers.items(), key=lambda item: -sum(item[1]))[:10]
-    per_step = 1e3 / max(1, summary.steps)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{forward * per_step:.3f}</td><td>{backward * per_step:.3f}</td></tr>"
-        for name, (forward, backward) in slowest
-    )
-    path = "".join(f"<p>{escape(line)}</p>" for line in describe_path(summary))
-    parts.append(
-        f"<div><h4>Profile of {summary.steps} steps</h4>{path}"
-        f"<table><tr><th>ms a step</th><th>forward</th><th>backward</th></tr>{rows}</table></div>"
-    )
-    return "".join(parts)
-
-
-def _seconds_by_rank(run: Run) -> dict[str, list[float]]:
-    """For each phase a number by rank, over the epochs on the last number of ranks."""
-    tables = [
-        {phase: [_number(value) for value in values] for phase, values in line["seconds"].items()}
-        for line in run.epochs
-        if isinstance(line.get("seconds"), dict) and all(isinstance(row, list) for row in line["seconds"].values())
-    ]
-    sums: dict[str, list[float]] = {}
-    for table in reversed(tables):
-        for phase, values in table.items():
-            if len(values) == len(next(iter(tables[-1].values()))):
-                sums[phase] = [a + b for a, b in zip(sums.get(phase, [0.0] * len(values)), values, strict=True)]
-    return {phase: values for phase, values in sums.items() if all(map(math.isfinite, values))}
-
-
-def _compute_over_time(run: Run) -> str:
-    """Each rank's time in a step without reductions, where the health lines have it."""
-    measured = [
-        (line["step"], line["seconds"]["compute"])
-        for line in run.health
-        if isinstance(line.get("seconds"), dict) and isinstance(line["seconds"].get("compute"), list)
-    ]
-    ranks = max((len(values) for _, values in measured), default=0)
-    curves = []
-    for rank in range(min(ranks, 64)):
-        of_rank = [(step, 1e3 * _number(values[rank])) for step, values in measured if len(values) > rank]
-        of_rank = [(step, value) for step, value in of_rank if math.isfinite(value)]
-        colour = _RUN_COLOURS[rank % len(_RUN_COLOURS)]
-        if of_rank:
-            steps, values = zip(*of_rank, strict=True)
-            curves.append(svg.Line(f"rank {rank}", steps, values, colour))
-    return svg.lines("computing, ms a step", curves) if curves else ""
-
-
-def _imbalance(sums: Mapping[str, Sequence[float]], ranks: int) -> str:
-    """In words: which rank works longest, and what the others lose by it."""
-    if ranks < 2:
-        return ""
-    own = [sum(sums.get(phase, [0] * ranks)[r] for phase in ("data", "forward", "backward")) for r in range(ranks)]
-    mean = sum(own) / ranks
-    if not mean:
-        return ""
-    slowest = max(range(ranks), key=own.__getitem__)
-    total = sum(map(sum, sums.values()))
-    share = sum(sums.get("reduction", [])) / total if total else 0.0
-    return (
-        f"<p>Rank imbalance: rank {slowest} computes longest, {own[slowest] / mean - 1:.1%} more than the mean. "
-        f"{share:.0%} of all time went into reductions, waiting for later ranks included.</p>"
-    )
 
 
 def _configuration(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -334,37 +172,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _matrix(lines: Sequence[Mapping[str, Any]], part: str, rows: Sequence[str], key: str) -> svg.Numbers:
-    """`(rows, lines)`; NaN where nothing was recorded, infinity where the value was not finite."""
-    values = np.full((len(rows), len(lines)), np.nan)
-    for j, line in enumerate(lines):
-        of_line = line.get(part) or {}
-        for i, row in enumerate(rows):
-            entry = of_line.get(row)
-            if isinstance(entry, dict) and key in entry:
-                value = _number(entry[key])
-                values[i, j] = value if math.isfinite(value) and not entry.get("bad") else math.inf
-    return values
-
-
-def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values; a value that is no number, as NaN is in JSON, is NaN."""
-    found = [(float(line["step"]), _number(line[key])) for line in lines if key in line]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _finite(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for line in lines if math.isfinite(value := _number(line.get(key)))]
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
 def _last(lines: Sequence[Mapping[str, Any]], key: str) -> str:
     if not lines or key not in lines[-1]:
         return "–"
-    value = _number(lines[-1][key])
+    value = number_in(lines[-1][key])
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.2%}" if key.endswith("accuracy") else f"{value:.4g}"
@@ -375,14 +186,14 @@ def _epoch_keys(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if key not in {"epoch", "step", "seconds"}]
 
 
-def _spoken(key: str) -> str:
-    return "loss" if key == "epoch_loss" else key.replace("_", " ")
+def _seconds(run: Run) -> float:
+    return sum(seconds for line in run.steps if math.isfinite(seconds := number_in(line.get("seconds"))))
 
 
 def _samples_a_second(run: Run) -> str:
-    lines = [line for line in run.steps if _number(line.get("seconds")) > 0]
+    lines = [line for line in run.steps if number_in(line.get("seconds")) > 0]
     seconds = sum(line["seconds"] for line in lines)
-    return f"{sum(_number(line.get('examples')) for line in lines) / seconds:,.0f}" if seconds else "–"
+    return f"{sum(number_in(line.get('examples')) for line in lines) / seconds:,.0f}" if seconds else "–"
 
 
 def _ranks(run: Run) -> str:
@@ -406,4 +217,4 @@ def _duration(seconds: float) -> str:
 
 
 def _swatch(number: int) -> str:
-    return f'<i class="swatch" style="background:{_RUN_COLOURS[number % len(_RUN_COLOURS)]}"></i>'
+    return f'<i class="swatch" style="background:{colour_of(number)}"></i>'

@@ -25,7 +25,7 @@ FLOORS = [
     | {"diagnosis", "health", "look", "repeat", "run_checkpoints", "rundir", "stopping", "tensorboard", "timeline"}
     | {"train", "update", "verdicts"},
     {"config", "job", "hosts", "launch", "launcher", "processes", "restart", "rank", "bench", "witness"},
-    {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun"}
+    {"capture", "doctor", "evidence", "forecast", "numbers", "predict", "replay", "report", "rerun", "run_charts"}
     | {"stylesheet", "svg", "trace"},
     {"cli", "__main__"},
 ]
