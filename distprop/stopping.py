@@ -59,7 +59,7 @@ def parse_duration(text: str) -> float:
     (90.0, 5400.0, 5400.0, 2.5)
 
     Raises:
-        ValueError: it is not written like this, or is 0.
+        ValueError: it is not written like this, is 0, or more than a year, which some timers cannot count.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms]|$)", text.strip())
     units = [unit for _, unit in parts]
@@ -67,8 +67,8 @@ def parse_duration(text: str) -> float:
     if "".join(number + unit for number, unit in parts) != text.strip() or not in_order:
         raise ValueError(f"a time is written as seconds or as in 1h30m, got {text!r}")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if not seconds > 0:
-        raise ValueError(f"a time must be more than 0, got {text!r}")
+    if not 0 < seconds <= 365 * _UNITS["d"]:
+        raise ValueError(f"a time must be more than 0 and at most 365d, got {text!r}")
     return seconds
 
 
