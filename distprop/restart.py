@@ -68,7 +68,7 @@ def run_restarting(
             reached = {run_dir: max(step, before[run_dir]) for run_dir, step in watch.run_dirs().items()}
             fruitless = fruitless + 1 if reached == before else 0
             failure = f"{describe(status)} {how_far(reached)}"
-            pause = min(2.0 ** (number - 1), _LONGEST_PAUSE)
+            pause = min(2.0 ** min(number - 1, 9), _LONGEST_PAUSE)  # of the exponent, since 2.0**1024 is an error
             try:
                 _check_sense(fruitless, number, max_restarts, time.time() + pause - deadline)
                 left, ranks = hosts_left(hosts or {}, wanted, answers)

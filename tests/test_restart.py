@@ -17,6 +17,7 @@ from distprop.comm import SoloCommunicator
 from distprop.hosts import HostsError
 from distprop.launcher import Launcher, LaunchError
 from distprop.restart import Attempt, hosts_left, run_restarting
+from distprop.stopping import REPORT, Report, Watch
 from test_launch import Jobs, await_job, finish, jobs, needs_mpi, nothing_said  # noqa: F401 - two are fixtures
 from test_resume import dataset, lines, make_trainer
 
@@ -133,6 +134,21 @@ def test_without_any_host_it_gives_up(tmp_path: Path, capfd: pytest.CaptureFixtu
     player = Player(tmp_path, "1 10", "0")
     assert player.play(3, hosts={"a": 2, "b": 2}, answers=lambda host: False) == 1
     assert "giving up: none of a, b answers" in capfd.readouterr().err
+
+
+def test_the_pauses_of_a_job_that_goes_on_for_months_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(1, 1200))
+
+    def run(job: launch.Job, watch: Watch, supervise: bool) -> int:
+        report, run_dir, step = Report(watch.environment()[REPORT]), Path("run"), next(steps)
+        (report.reached if step > 1 else report.began)(run_dir, step)
+        return int(step < 1100)
+
+    monkeypatch.setattr(restart, "run", run)
+    monkeypatch.setattr(restart, "_LONGEST_PAUSE", 0.0)
+    job = launch.Job(4, (), {}, "")
+    assert run_restarting(job, lambda attempt: job, max_restarts=10_000) == 0
+    assert next(steps) == 1101
 
 
 def test_slurms_signal_before_a_restart_has_the_job_requeued(
