@@ -57,6 +57,11 @@ def test_only_variables_that_matter_go_to_other_hosts() -> None:
     assert hosts.forwarded(names) == ["DISTPROP_TIMEOUT", "MKL_X", "OMP_NUM_THREADS", "OPENBLAS_CORETYPE", "PYTHONPATH"]
 
 
+def test_what_the_live_view_has_to_know_of_the_terminal_goes_to_the_host_of_rank_0() -> None:
+    names = ["COLUMNS", "DISTPROP_TERMINAL", "DISTPROP_WINDOW", "LANG", "LC_ALL", "LINES", "NO_COLOR", "TERM"]
+    assert hosts.forwarded(names) == names
+
+
 # ---------------------------------------------------------------------------------------- what a host may answer
 
 SHA = {"here": "0" * 64, "there": "1" * 64}

@@ -9,7 +9,7 @@ from distprop.comm.mpi import EAGER_BYTES
 from distprop.hosts.cluster import Cluster
 from distprop.hosts.hostfile import names
 
-# Variables that ranks on other hosts are to have as well: of this package, of Python, of threads and of MPI.
+# Variables that ranks on other hosts are to have as well: of this package, Python, threads, MPI and the terminal.
 _FORWARDED = (
     "DISTPROP_",
     "PYTHON",
@@ -24,6 +24,9 @@ _FORWARDED = (
     "I_MPI_",
     "LD_LIBRARY_PATH",
     "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "TERM",
     "LANG",
     "LC_",
     "TZ",
