@@ -17,6 +17,7 @@ _FORWARDED = (
     "OPENBLAS_",
     "MKL_",
     "BLIS_",
+    "NPY_",
     "MPI4PY_",
     "MPIR_",
     "UCX_",
