@@ -24,7 +24,7 @@ NO_MPI = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}  # where mpi4py is told to look
 def distprop(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in launch.THREAD_VARIABLES and k != "DISTPROP_SIZE"}
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "distprop", *arguments]
+    command = [sys.executable, "-m", "distprop.cli", *arguments]
     return subprocess.run(
         command, env={**clean, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=60
     )
@@ -148,7 +148,7 @@ def test_help_loads_neither_mpi_nor_the_launcher() -> None:
 
 def test_the_script_for_this_machine_is_distprop_run(script: str, tmp_path: Path) -> None:
     command = tmp_path / "distprop"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m distprop "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m distprop.cli "$@"\n')
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     local = [str(ROOT / "launch/local.sh"), "1", script, "a b"]

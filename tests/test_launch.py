@@ -292,7 +292,7 @@ class Jobs:
         )
 
     def run(self, ranks: int, source: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        with self.start("-m", "distprop", "run", "-n", str(ranks), self.write(source), *arguments) as process:
+        with self.start("-m", "distprop.cli", "run", "-n", str(ranks), self.write(source), *arguments) as process:
             return finish(process, stdin)
 
     def run_at_once(self, sources: Sequence[str], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
@@ -410,7 +410,7 @@ def test_two_ranks_meet(jobs: Jobs) -> None:
 def test_a_module_runs_as_python_runs_it(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(jobs.folder)
     jobs.write(WORLD + "print(comm.size, sys.argv[1:])")
-    with jobs.start("-m", "distprop", "run", "-n", "2", "-m", "script", "-m", "-n", "5") as process:
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", "-m", "script", "-m", "-n", "5") as process:
         done = finish(process)
     assert (done.returncode, done.stdout) == (0, "2 ['-m', '-n', '5']\n" * 2), done.stderr
 
@@ -526,7 +526,7 @@ def test_what_ranks_leave_at_their_end_is_waited_for(jobs: Jobs) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_every_rank(number: signal.Signals, status: int, jobs: Jobs) -> None:
     ready = jobs.folder / "ready"
-    with jobs.start("-m", "distprop", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
         await_job(process, ready.exists)
         process.send_signal(number)
         done = finish(process, seconds=15)
@@ -538,7 +538,7 @@ def test_a_signal_ends_every_rank(number: signal.Signals, status: int, jobs: Job
 @pytest.mark.parametrize("killed", ["distprop run", "launcher", "both"])
 def test_no_rank_outlives(killed: str, jobs: Jobs) -> None:
     ready = jobs.folder / "ready"
-    with jobs.start("-m", "distprop", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", jobs.write(STUCK), str(ready)) as process:
         await_job(process, ready.exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGSTOP)
@@ -604,7 +604,7 @@ def test_a_bare_mpirun_ends_when_a_rank_raises_before_world(jobs: Jobs) -> None:
 @needs_mpi
 def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) -> None:
     script = jobs.write(BEFORE_WORLD + "time.sleep(60)\n" + WORLD)
-    with jobs.start("-m", "distprop", "run", "-n", "2", "--timeout", "3", script) as process:
+    with jobs.start("-m", "distprop.cli", "run", "-n", "2", "--timeout", "3", script) as process:
         done = finish(process)
     assert is_status(done, 1)
     assert re.search(r"Timeout \(0:00:03\)!.*in world\n.*script\.py", done.stderr, re.S), done.stderr

@@ -205,7 +205,7 @@ trainer.fit(dataset(), epochs=4, validation=dataset())
 def start(jobs: Jobs, ranks: int, *arguments: str):  # noqa: F811
     script = jobs.write(SCRIPT.format(tests=str(Path(__file__).parent)))
     options = ["--max-restarts", "2", "-n", str(ranks)]
-    return jobs.start("-m", "distprop", "run", *options, script, str(jobs.folder / "run"), *arguments)
+    return jobs.start("-m", "distprop.cli", "run", *options, script, str(jobs.folder / "run"), *arguments)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=needs_mpi)])
@@ -241,7 +241,7 @@ def test_a_failure_before_the_first_checkpoint_is_tried_once_more(jobs: Jobs) ->
 def test_a_job_that_the_user_ends_is_not_restarted(jobs: Jobs) -> None:  # noqa: F811
     ready = jobs.folder / "ready"
     script = jobs.write("open(sys.argv[1], 'w').close(); time.sleep(60)")
-    with jobs.start("-m", "distprop", "run", "--max-restarts", "3", "-n", "2", script, str(ready)) as process:
+    with jobs.start("-m", "distprop.cli", "run", "--max-restarts", "3", "-n", "2", script, str(ready)) as process:
         await_job(process, ready.exists)
         process.send_signal(signal.SIGTERM)
         done = finish(process, seconds=20)
@@ -277,7 +277,7 @@ if (os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK")) == "1"
 def test_distprop_train_goes_on_in_the_same_folder(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.chdir(jobs.folder)
     Path("job.toml").write_text(CONFIG)
-    arguments = ["-m", "distprop", "train", "-n", "2", "--max-restarts", "1", "job.toml"]
+    arguments = ["-m", "distprop.cli", "train", "-n", "2", "--max-restarts", "1", "job.toml"]
     Path("runs/job").mkdir(parents=True)  # taken, so the run goes to runs/job-2
     Path("sitecustomize.py").write_text(SITECUSTOMIZE)
     path = f"{jobs.folder}{os.pathsep}{os.environ['PYTHONPATH']}"
@@ -293,7 +293,7 @@ def test_distprop_train_goes_on_in_the_same_folder(jobs: Jobs, monkeypatch: pyte
 def test_restarts_are_the_launchers_business(tmp_path: Path, jobs: Jobs) -> None:  # noqa: F811
     config = tmp_path / "job.toml"
     config.write_text(CONFIG)
-    with jobs.start("-m", "distprop", "train", "--max-restarts", "1", str(config)) as process:
+    with jobs.start("-m", "distprop.cli", "train", "--max-restarts", "1", str(config)) as process:
         done = finish(process)
     assert done.returncode == 2
     assert "give -n N too" in done.stderr

@@ -267,7 +267,7 @@ print("trained", comm.rank)
 def command(how: str, ranks: int, *program: str) -> list[str]:
     """Arguments of Python that start the job under `distprop run`, or under the library's own launcher."""
     if how == "distprop run":
-        return ["-m", "distprop", "run", "-n", str(ranks), *program]
+        return ["-m", "distprop.cli", "run", "-n", str(ranks), *program]
     planned = [word for word in launch.plan(ranks, program).command if word not in ("-m", "distprop.rank")]
     return ["-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", *planned]
 
@@ -392,7 +392,7 @@ def test_one_rank_without_a_launcher_stops_too(jobs: Jobs) -> None:  # noqa: F81
 )
 @pytest.mark.parametrize("verb", [["run", "-n", "2"], ["train", "-n", "2"]])
 def test_a_bad_value_is_refused_before_anything_starts(verb: list[str], option: list[str], jobs: Jobs) -> None:  # noqa: F811
-    with jobs.start("-m", "distprop", *verb, *option, __file__) as process:
+    with jobs.start("-m", "distprop.cli", *verb, *option, __file__) as process:
         done = finish(process)
     assert done.returncode == 2
     assert f"Invalid value for '{option[0]}'" in done.stderr
