@@ -149,7 +149,8 @@ def _noting_sigusr1(watch: Watch) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         watch.ended = True
 
-    previous = signal.signal(signal.SIGUSR1, note)
+    ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN  # and stays so, as during an attempt
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignored else note)
     try:
         yield
     finally:
