@@ -100,8 +100,6 @@ def predict_command(
         question = Question(widths=tuple(parse_widths(sizes)), **options)
         if question.config and click.get_current_context().get_parameter_source("sizes") is ParameterSource.COMMANDLINE:
             raise Refusal("--sizes and CONFIG both say which network; give one of them")
-        if svg and not svg.absolute().parent.is_dir():
-            raise Refusal(f"--svg: there is no folder {svg.parent}")
         if only_measure or started_by()[1] > 1:
             measured = question.measure(world())
             if only_measure and world().rank == 0:
@@ -110,6 +108,8 @@ def predict_command(
                 return
             found = answer(question, measured)
         else:
+            if svg and not svg.absolute().parent.is_dir():
+                raise Refusal(f"--svg: there is no folder {svg.parent}")
             where = Where(hosts, hostfile).read()
             told = question.is_told_everything and ranks is None and not where
             found = answer(question, None if told else measure_here(question, ranks, where))
