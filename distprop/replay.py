@@ -126,9 +126,12 @@ def plan(run_dir: Path, step: int, rank: int, *, script: Path | None = None, pro
     if session is None or not isinstance(session.get("ranks"), int) or "program" not in session:
         raise ReplayError(f"{run_dir / RUN} does not say what made step {step}; an older version of distprop wrote it")
     if not 0 <= rank < session["ranks"]:
-        raise ReplayError(
-            f"--rank {rank}: step {step} was made on {session['ranks']} ranks, 0 to {session['ranks'] - 1}"
+        made = (
+            f"{session['ranks']} ranks, 0 to {session['ranks'] - 1}"
+            if session["ranks"] > 1
+            else "1 rank; give --rank 0"
         )
+        raise ReplayError(f"--rank {rank}: step {step} was made on {made}")
     try:
         program = program or find_program(run_dir, session, script, remarks.append)
     except ProgramError as error:

@@ -178,7 +178,8 @@ def _sort_lines(run: Run, content: bytes) -> None:
                 run.remarks.append(f"an earlier run wrote into the same {METRICS}; only the last one is shown")
             run.steps.append(line)
     if damaged:
-        run.remarks.append(f"{damaged} line{'s' * (damaged > 1)} of {METRICS} cannot be read and are left out")
+        they, are = ("lines", "are") if damaged > 1 else ("line", "is")
+        run.remarks.append(f"{damaged} {they} of {METRICS} cannot be read and {are} left out")
 
 
 def _read_config(path: Path, remarks: list[str]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_said(tmp_path:
     answer = CliRunner().invoke(main, ["export", str(tmp_path), "--csv", str(tmp_path / "all.csv")])
     assert answer.exit_code == 0
     assert answer.stdout.endswith(": 2 rows\n")
-    assert answer.stderr == "distprop: 1 line of metrics.jsonl cannot be read and are left out\n"
+    assert answer.stderr == "distprop: 1 line of metrics.jsonl cannot be read and is left out\n"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:

@@ -474,7 +474,7 @@ def spoil(run_dir: Path, **values: object) -> None:
         (lambda run: None, (0, 0), "--step 0: the run in .* made the steps 1 to 10"),
         (lambda run: None, (11, 0), "--step 11: the run in .* made the steps 1 to 10"),
         (lambda run: (run / METRICS).write_text(""), (1, 0), "--step 1: the run in .* made no step"),
-        (lambda run: None, (3, 2), "--rank 2: step 3 was made on 1 ranks, 0 to 0"),
+        (lambda run: None, (3, 2), "--rank 2: step 3 was made on 1 rank; give --rank 0"),
         (lambda run: None, (3, -1), "--rank -1"),
         (lambda run: spoil(run, program=None), (3, 0), "at a prompt or with python -c"),
         (lambda run: spoil(run, program={"script": str(run / "gone.py")}), (3, 0), "gone.py, .* --script PATH"),
