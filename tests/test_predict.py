@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from distprop.bench.cluster import Measured, measure
-from distprop.bench.workload import network
+from distprop.bench.workload import configured, network
 from distprop.cli import main
-from distprop.comm import SoloCommunicator
+from distprop.comm import Communicator, SoloCommunicator, run_threads
+from distprop.config import Config, Model
 from distprop.cost import Link
 from distprop.predict import Question, answer
 from test_launch import needs_mpi
@@ -74,6 +75,13 @@ def test_the_model_of_a_configuration_is_measured_with_its_batch(tmp_path: Path)
     found = json.loads(predict(str(config), *TOLD, "--json"))
     assert (found["name"], found["batch"], found["scaling"]) == ("64-32-10", 48, "strong")
     assert found["steps"]["message_bytes"] == 4 * (64 * 32 + 32 + 32 * 10 + 10)
+
+
+def test_a_network_with_dropout_is_measured_without_a_warning() -> None:
+    def step(comm: Communicator) -> None:
+        configured(Config(model=Model(dropout=0.5))).step(comm, 4)()
+
+    run_threads(2, step)  # in which a warning is an error
 
 
 def test_one_rank_is_measured_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from distprop.comm import Communicator, SoloCommunicator
 from distprop.config import Config
 from distprop.job import prepare
 from distprop.parallel import DataParallel
-from distprop.random import manual_seed
+from distprop.random import at, manual_seed
 from distprop.tape import Array
 
 LONG_SECONDS = 1.0  # a step that takes longer is timed at fewer sizes, so that a measurement takes less than a minute
@@ -43,6 +43,7 @@ class Workload:
         x, y = self.batch(rows)
 
         def step() -> None:
+            at(0, 0, comm.rank * rows)  # for dropout, as a Trainer does
             self.optimizer.zero_grad()
             self.loss(parallel(x), y).backward()
             self.optimizer.step()
