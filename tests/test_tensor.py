@@ -1184,3 +1184,23 @@ def test_division_in_place_under_no_grad():
         w /= 2
     assert w is before
     assert w.data.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "same_as"),
+    [
+        (operator.iadd, operator.add),
+        (operator.isub, operator.sub),
+        (operator.imul, operator.mul),
+        (operator.itruediv, operator.truediv),
+    ],
+)
+def test_an_augmented_assignment_of_a_result_makes_a_new_one_with_its_gradient(change, same_as):
+    def gradient(operation):
+        x = tensor([2.0, 3.0], requires_grad=True)
+        y = x * x
+        z = operation(y, 4.0)
+        (z * z).sum().backward()
+        return z.data.tolist(), y.data.tolist(), x.grad.tolist()
+
+    assert gradient(change) == gradient(same_as)
