@@ -302,9 +302,7 @@ class DataParallel:
         thawed = [self._names[id(parameter)] for parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(f"{', '.join(thawed)} was frozen when DataParallel was made; make it anew to train it")
-        if self._backwards and self._untouched():
-            self._examples, self._backwards, self._kept = 0.0, 0, None  # zero_grad() threw the passes so far away
-            self._divisor = None
+        self._forget_zeroed()
         fresh = self._backwards == 0 and self._kept is None
         if fresh and any(parameter.has_grad for parameter in self._trained):
             fill_missing(self._trained)
@@ -316,8 +314,15 @@ class DataParallel:
 
     def _weigh_as(self, other: DataParallel) -> None:
         """One backward pass, with one weight, goes through this model and another one, such as those of a GAN."""
+        self._forget_zeroed()
         if self._backwards == 0:
             self._divisor = other._divisor or other.expected_examples
+
+    def _forget_zeroed(self) -> None:
+        """`zero_grad()` may have thrown away what the passes since the last message have left."""
+        if self._backwards and self._untouched():
+            self._examples, self._backwards, self._kept = 0.0, 0, None
+            self._divisor = None
 
     def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once

@@ -1,7 +1,7 @@
 """What `DataParallel` promises, on any number of ranks."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,6 +217,27 @@ def one_backward_pass_goes_through_two_models_and_a_rank_without_data_has_none(c
         last(expected(x)).mean().backward()
         assert_gradients(first, gradients(expected))
         assert_gradients(second, gradients(last))
+
+
+@suite.scenario()
+def zero_grad_throws_away_passes_through_two_models_too(comm: Communicator) -> None:
+    first, second = make_model(), nn.Linear(2, 1, dtype=np.float64)
+    mine, total = uneven(comm)
+    x, _ = rows(total)
+    inner, outer = DataParallel(first, comm), DataParallel(second, comm)
+    outer(first(x[mine]).detach()).mean().backward()  # now they expect different numbers of examples
+    for synchronised in (False, True):
+        for model in (first, second):
+            model.zero_grad()
+        with ExitStack() as contexts:
+            for parallel in (inner, outer):
+                contexts.enter_context(nullcontext() if synchronised else parallel.no_sync())
+            outer(inner(x[mine])).mean().backward()
+    expected, last = make_model(), nn.Linear(2, 1, dtype=np.float64)
+    last.load_state_dict(second.state_dict())
+    last(expected(x)).mean().backward()
+    assert_gradients(first, gradients(expected))
+    assert_gradients(second, gradients(last))
 
 
 @suite.scenario()
