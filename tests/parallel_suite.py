@@ -12,7 +12,7 @@ from distprop import manual_seed, nn, no_grad, optim, tensor
 from distprop.comm import Communicator
 from distprop.data.loader import share
 from distprop.lane import MESSAGE_NUMBERS, ScheduleError
-from distprop.parallel import DataParallel, NonFiniteGradientError
+from distprop.parallel import VERIFY_SECONDS, DataParallel, NonFiniteGradientError
 from distprop.replicas import DivergenceError
 from distprop.tensor import Parameter, Tensor
 from scenario import Suite
@@ -828,6 +828,39 @@ def ranks_with_different_numbers_of_passes_are_told_so_on_all(comm: Communicator
         with pytest.raises(ScheduleError, match=r"same number of steps and of no_sync\(\) passes"):
             accumulate(parallel, x, y, [slice(None)] * passes, 1 / passes)
     comm.barrier()
+
+
+@suite.scenario(min_size=2)
+def a_gradient_that_is_not_finite_is_said_of_its_own_step_only(comm: Communicator) -> None:
+    """One model, one bad rank after the other, and in between a step that is good."""
+    x, y = rows(2)
+    model = make_model()
+    parallel = DataParallel(model, comm)
+    for bad_rank in (comm.size - 1, 0):
+        model.zero_grad()
+        wrong = y * np.where(comm.rank == bad_rank, np.nan, 1)
+        with np.errstate(all="ignore"), pytest.raises(NonFiniteGradientError) as caught:
+            F.mse_loss(parallel(x), wrong).backward()
+        assert caught.value.culprits == (bad_rank,)
+        model.zero_grad()
+        F.mse_loss(parallel(x), y).backward()
+        assert_gradients(model, expected_gradients(x, y))
+
+
+@suite.scenario(min_size=2)
+def when_one_rank_finds_that_the_last_comparison_was_long_ago_all_compare(comm: Communicator) -> None:
+    counting = Counting(comm)
+    model = make_model()
+    parallel = DataParallel(model, counting, verify_every=1000)
+    x, y = rows(2)
+    found = []
+    for step in range(4):
+        if step == 1 and comm.rank == comm.size - 1:
+            parallel._verified -= 2 * VERIFY_SECONDS
+        counting.take()
+        F.mse_loss(parallel(x), y).backward()
+        found.append(counting.take())
+    assert found == [["allreduce"], ["allreduce"], ["allgather", "allreduce"], ["allreduce"]]
 
 
 # --- numbers that travel with the gradients
