@@ -119,6 +119,22 @@ def test_units_of_images_are_channels_and_pieces_of_a_batch_count_together():
     assert look.noise is not None  # of the first piece against both
 
 
+def test_of_a_batch_in_pieces_the_noise_is_that_of_the_first_against_all():
+    def make():
+        dp.manual_seed(0)
+        return nn.Linear(6, 3)
+
+    def square_of(rows):
+        model = make()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        return sum(norm(parameter.grad) ** 2 for parameter in model.parameters())
+
+    dataset = data.ArrayDataset(*examples())
+    ((x, y),) = data.Loader(dataset, batch_size=16, seed=0)
+    look = look_at(make(), *dataset.arrays, accumulate=2)
+    assert look.noise == pytest.approx(noise_estimates(square_of(slice(8)), 8, square_of(slice(16)), 16), rel=1e-4)
+
+
 def test_of_a_wide_layer_some_units_are_looked_at():
     model = nn.Sequential(nn.Linear(6, 1000), nn.ReLU(), nn.Linear(1000, 3))
     model[0].weight.data[500:] = 0
