@@ -43,6 +43,19 @@ def test_arrays_that_are_not_contiguous_keep_their_values(tmp_path: Path) -> Non
     assert np.array_equal(found.tensors["model"]["w"], array)
 
 
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_before_save_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), events.append(os.fstat(file).st_ino)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (events.append("named"), rename(path, target)))
+    folder = checkpoint.save(tmp_path, example(1))
+    *files, whole_folder, named, root = events
+    assert sorted(files) == sorted(path.stat().st_ino for path in folder.iterdir())
+    assert (whole_folder, named, root) == (folder.stat().st_ino, "named", tmp_path.stat().st_ino)
+
+
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
