@@ -290,6 +290,21 @@ def test_a_completed_run_is_not_trained_further_by_resuming(tmp_path: Path) -> N
     assert resumed.epoch == 3
 
 
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_of_the_next_one(tmp_path: Path) -> None:
+    """Not the best one, and not of an epoch whose line in the metrics would be written twice."""
+    whole = make_trainer(SoloCommunicator(), tmp_path / "whole", checkpoint_every=7)
+    whole.fit(dataset(), epochs=2)
+    first = make_trainer(SoloCommunicator(), tmp_path / "parts", checkpoint_every=7, callbacks=[interrupt_at(9)])
+    with pytest.raises(Interruption):
+        first.fit(dataset(), epochs=2)
+    first._checkpoints.wait()
+    resumed = make_trainer(SoloCommunicator(), tmp_path / "parts", checkpoint_every=7, resume=True)
+    assert (resumed.step, resumed.epoch, resumed.batch) == (7, 1, 0)
+    resumed.fit(dataset(), epochs=2)
+    assert parameters(resumed) == parameters(whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     trainer = make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=3)
     results = trainer.fit(dataset(), epochs=6, validation=dataset())
