@@ -177,6 +177,16 @@ def test_nothing_is_written_without_it(tmp_path):
     assert "health" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(("every", "steps"), [(3, [1, 2, 3, 6]), (True, [1, 2, 4]), (False, [])])
+def test_a_trainer_looks_every_so_many_steps(every, steps, tmp_path):
+    model = nn.Linear(6, 3)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    options = {"batch_size": 16, "run_dir": tmp_path, "progress": False}
+    Trainer(model, F.cross_entropy, optimizer, health=every, **options).fit(data.ArrayDataset(*examples()), steps=7)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "health" in line] == steps
+
+
 def test_a_number_below_0_is_refused():
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="health is a number of steps, 0 or more, or True; got -1"):
