@@ -138,6 +138,18 @@ def an_average_of_the_weights_is_the_same(comm: Communicator) -> None:
 
 
 @suite.scenario()
+def a_model_that_changes_its_dtype_is_shared_again(comm: Communicator) -> None:
+    trained = []
+    for sharded in (False, True):
+        training = Training(comm, "AdamW", sharded).train(1)
+        training.model.double()
+        training.model.float()
+        trained.append(training.train(2))
+        assert (training.model[0].weight.buffer.sharers is not None) == (sharded and comm.node is not None)
+    assert_same(*trained)
+
+
+@suite.scenario()
 def it_goes_with_deterministic_shards(comm: Communicator) -> None:
     results = []
     for sharded in (False, True):
@@ -168,6 +180,7 @@ def the_trainer_does_it_too(comm: Communicator) -> None:
         optimizer = optim.Adam(model.parameters(), lr=0.01)
         options = {"comm": comm, "batch_size": 8, "health": 1, "clip_norm": 1.0, "progress": False}
         trainer = Trainer(model, F.mse_loss, optimizer, sharded_update=sharded, **options)
+        assert (model[0].weight.buffer.sharers is not None) == (sharded and comm.node is not None)
         x = np.random.default_rng(2).standard_normal((21, 6)).astype(np.float32)
         looked = []
         trainer.callbacks = [lambda result, looked=looked: looked.append(result.loss)]
