@@ -28,8 +28,9 @@ def test_fp16_keeps_large_numbers_finite():
     assert decode("fp16", encode("fp16", np.array([1e6, -1e6], np.float32))).tolist() == [65504, -65504]
 
 
-def test_the_trainer_refuses_it_in_deterministic_mode():
+def test_the_trainer_hands_it_on_and_refuses_it_in_deterministic_mode():
     model = dp.nn.Linear(2, 1)
     optimizer = dp.optim.SGD(model.parameters(), lr=0.1)
+    assert dp.Trainer(model, F.mse_loss, optimizer, batch_size=4, wire="fp16").parallel.wire == "fp16"
     with pytest.raises(ValueError, match="deterministic"):
         dp.Trainer(model, F.mse_loss, optimizer, batch_size=4, deterministic=True, wire="fp16")
