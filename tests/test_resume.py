@@ -290,6 +290,20 @@ def test_a_completed_run_is_not_trained_further_by_resuming(tmp_path: Path) -> N
     assert resumed.epoch == 3
 
 
+def test_the_metrics_up_to_a_checkpoint_are_on_the_disk_when_it_is_written(tmp_path: Path) -> None:
+    """A job that is killed then is resumed from there, and its steps before are made no second time."""
+    found = []
+
+    def look(result: dp.StepResult) -> None:
+        if result.step == 5:
+            found.extend(line["step"] for line in lines(tmp_path))
+
+    make_trainer(SoloCommunicator(), tmp_path, checkpoint_every=4, health=False, callbacks=[look]).fit(
+        dataset(), steps=5
+    )
+    assert found[:4] == [1, 2, 3, 4]
+
+
 def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_of_the_next_one(tmp_path: Path) -> None:
     """Not the best one, and not of an epoch whose line in the metrics would be written twice."""
     whole = make_trainer(SoloCommunicator(), tmp_path / "whole", checkpoint_every=7)
