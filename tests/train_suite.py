@@ -188,8 +188,10 @@ class EachPosition(nn.Module):
 def the_accuracy_of_sequences_is_over_their_positions(comm: Communicator) -> None:
     model = EachPosition()
     dataset = ArrayDataset(classes(5).x, np.arange(10).reshape(5, 2) % 3)
-    found = make_trainer(comm, model).evaluate(dataset)
-    assert found["accuracy"] == pytest.approx((model(dataset.x).data.argmax(1) == dataset.y).mean(), rel=1e-12)
+    trainer, expected = make_trainer(comm, model, batch_size=5), (model(dataset.x).data.argmax(1) == dataset.y).mean()
+    assert trainer.evaluate(dataset)["accuracy"] == pytest.approx(expected, rel=1e-12)
+    (result,) = trainer.fit(dataset, steps=1)
+    assert result.metrics["accuracy"] == pytest.approx(expected, rel=1e-12)
 
 
 @suite.scenario()
