@@ -17,6 +17,8 @@ METRICS = {
     "just better": [1, *(1 - 1e-3 * i for i in range(40))],
     "just not better": [1, *(1 - 1e-5 * i for i in range(40))],
     "not finite": [math.nan, 1, math.inf, math.nan, 0.5, math.nan, math.nan, -math.inf, 2, 2, 2, math.nan, 2, 2],
+    "infinite at first": [math.inf, math.inf, 1, math.inf, *[1] * 12],
+    "minus infinity at first": [-math.inf, -math.inf, 1, -math.inf, *[1] * 12],
     "negative": [-1, -2, *[-2.0001] * 10, *[-3] * 10],
     "rising": list(range(30)),
 }
