@@ -172,6 +172,9 @@ def evaluation_has_no_accuracy_where_there_are_no_classes(comm: Communicator) ->
     trainer = make_trainer(comm, loss=F.mse_loss)
     found = trainer.evaluate(ArrayDataset(np.ones((2, 4)), np.ones((2, 3))))
     assert list(found) == ["loss"]
+    counts = ArrayDataset(np.ones((2, 4)), np.arange(2))  # whole numbers, one for each row, like labels
+    trainer.loss, trainer.model.forward = F.mse_loss, lambda x: nn.Sequential.forward(trainer.model, x)[:, 0]
+    assert list(trainer.evaluate(counts)) == ["loss"]
 
 
 class EachPosition(nn.Module):
