@@ -847,6 +847,19 @@ def a_gradient_that_is_not_finite_is_said_of_its_own_step_only(comm: Communicato
         assert_gradients(model, expected_gradients(x, y))
 
 
+@suite.scenario()
+def the_parameter_whose_gradient_is_not_finite_is_named_wherever_the_number_lies(comm: Communicator) -> None:
+    model = make_model()
+    parallel = DataParallel(model, comm)
+    for name, parameter in model.named_parameters():
+        for place in (0, -1):
+            factor = np.zeros(parameter.shape)
+            factor.flat[place] = np.inf
+            model.zero_grad()
+            with pytest.raises(NonFiniteGradientError, match=rf"parameter {name} first"):
+                (parallel(rows(2)[0]).mean() + (parameter * factor).sum()).backward()
+
+
 @suite.scenario(min_size=2)
 def when_one_rank_finds_that_the_last_comparison_was_long_ago_all_compare(comm: Communicator) -> None:
     counting = Counting(comm)
