@@ -5,8 +5,10 @@ import parallel_suite
 import split_invariance
 from distprop import functional as F
 from distprop import nn, optim, random
+from distprop.buffer import LANE_LENGTH
 from distprop.comm import CollectiveError, SoloCommunicator, run_threads
 from distprop.data import Loader
+from distprop.lane import ScheduleError, read_lane, write_lane
 from distprop.parallel import DataParallel
 from distprop.tensor import Parameter
 from parallel_suite import make_model, rows
@@ -189,6 +191,18 @@ def test_equal_masks_on_all_ranks_are_said_once_by_rank_0():
 def test_masks_that_differ_are_no_reason_to_warn(size, said):
     masks = run_threads(size, lambda comm: dropped_out(comm, said))  # pytest makes a warning an error
     assert all((masks[0] != other).any() for other in masks[1:])
+
+
+@pytest.mark.parametrize("places", [[(3, 1), (4, 1)], [(3, 1), (3, 2)], [(3, 1), (4, 1), (5, 1)]])
+def test_ranks_at_different_reductions_or_passes_are_told_so(places):
+    """Such as those of two models of one size, that one rank trains the other way round."""
+    total = np.zeros(LANE_LENGTH, np.float32)
+    for reductions, backwards in places:
+        lane = np.zeros_like(total)
+        write_lane(lane, 2, backwards, reductions, {})
+        total += lane
+    with pytest.raises(ScheduleError, match="rank 0 is here, but another rank is not"):
+        read_lane(total, len(places), [], "rank 0 is here")
 
 
 def test_a_batch_without_examples_is_no_reason_to_warn():
