@@ -258,6 +258,16 @@ def test_the_writer_copies_before_training_goes_on(tmp_path: Path) -> None:
     assert np.array_equal(checkpoint.read(tmp_path / "step-000000001").tensors["model"]["w"], np.zeros(3))
 
 
+def test_the_writer_knows_how_long_the_slowest_took(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    for expected in (0.0, 3600.0):
+        writer.seconds = expected
+        writer.write(example(int(expected)))
+        writer.wait()
+        assert writer.seconds > 0
+    assert writer.seconds == 3600.0
+
+
 def test_the_writer_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     writer = Writer(tmp_path, keep=2)
     for step in range(1, 6):
