@@ -304,6 +304,11 @@ def test_the_metrics_up_to_a_checkpoint_are_on_the_disk_when_it_is_written(tmp_p
     assert found[:4] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_is_expected_to_take_some_time_before_one_was_written(tmp_path: Path) -> None:
+    """A job that has little time left stops early enough for it."""
+    assert make_trainer(SoloCommunicator(), tmp_path)._checkpoints.seconds > 0
+
+
 def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_of_the_next_one(tmp_path: Path) -> None:
     """Not the best one, and not of an epoch whose line in the metrics would be written twice."""
     whole = make_trainer(SoloCommunicator(), tmp_path / "whole", checkpoint_every=7)
