@@ -108,11 +108,3 @@ def fill_missing(parameters: Iterable[Parameter]) -> list[Parameter]:
     for parameter in missing:
         parameter.grad = 0
     return missing
-
-
-def shared_buffer(parameters: Sequence[Parameter]) -> FlatBuffer:
-    """The one buffer that all `parameters` live in (it may hold more); made if there is none."""
-    first = parameters[0].buffer
-    if isinstance(first, FlatBuffer) and first.holds(parameters):
-        return first
-    return FlatBuffer(parameters)

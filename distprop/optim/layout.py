@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from distprop.buffer import FlatBuffer, shared_buffer
+from distprop.buffer import FlatBuffer
 from distprop.comm.node import Node
 from distprop.tape import Array
 from distprop.tensor import Parameter
@@ -146,7 +146,7 @@ def give_buffers(parameters: Sequence[Parameter]) -> None:
     """Put parameters that are in no flat buffer into one."""
     homeless = [parameter for parameter in parameters if parameter.buffer is None]
     if homeless:
-        shared_buffer(homeless)
+        FlatBuffer(homeless)
 
 
 def sharers_of(parameters: Sequence[Parameter]) -> list[Node]:
