@@ -135,6 +135,33 @@ def test_a_loaded_average_goes_on_to_the_last_bit():
     assert {key: a.shape for key, a in state["arrays"].items()} == {str(i): s for i, s in enumerate(SHAPES)}
 
 
+def test_a_loaded_average_is_a_copy_of_the_parameters_dtype():
+    ps = parameters(np.float32)
+    average = ExponentialMovingAverage(ps)
+    arrays = {str(i): np.full(shape, 0.1) for i, shape in enumerate(SHAPES)}
+    average.load_state_dict({"updates": 1, "arrays": arrays})
+    assert {array.dtype for array in average.state_dict()["arrays"].values()} == {np.dtype(np.float32)}
+    average.load_state_dict({"updates": 1, "arrays": arrays})
+    for array in arrays.values():
+        array[...] = 7
+    assert_equal(averages(average, ps), [np.full(shape, np.float32(0.1)) for shape in SHAPES])
+
+
+def test_a_gradient_across_the_borders_of_the_context_is_refused(rng):
+    """It would be of weights that are no longer there."""
+    model = nn.Linear(3, 2).double()
+    x = rng.normal(size=(4, 3))
+    average = ExponentialMovingAverage(model.parameters(), decay=0.5)
+    average.update()
+    outside = model(x).sum()
+    with average.averaged():
+        with pytest.raises(RuntimeError, match="was changed between the forward and the backward pass"):
+            outside.backward()
+        inside = model(x).sum()
+    with pytest.raises(RuntimeError, match="was changed between the forward and the backward pass"):
+        inside.backward()
+
+
 def test_a_state_that_does_not_fit_is_refused_with_every_reason(rng):
     ps = parameters()
     average = ExponentialMovingAverage(ps)
