@@ -516,6 +516,8 @@ def test_a_norm_that_float32_cannot_square_and_one_that_is_not_finite():
     np.testing.assert_allclose(p.grad, [3, 4], rtol=1e-5)
     p.grad = [3e-25, 4e-25]
     assert clip_grad_norm_([p], 5.0) == pytest.approx(5e-25, rel=1e-6, abs=0)
+    p.grad = [3e-23, 4e-23]  # squares that float32 has one digit of
+    assert clip_grad_norm_([p], 5.0) == pytest.approx(5e-23, rel=1e-6, abs=0)
     for power in (1, 3, math.inf):
         p.grad = [3e25, -4e25]
         expected = max(3, 4) if power == math.inf else (3**power + 4**power) ** (1 / power)
