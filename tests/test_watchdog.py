@@ -89,6 +89,9 @@ def test_a_rank_that_has_ended_after_the_last_collective_of_the_others_is_not() 
     found[1].leave()
     found[1].at(END)  # as the root of a broadcast may
     assert judge(sightings(found, 100), 120) is None
+    verdict = judge(sightings(found, 120), 120)
+    assert verdict is not None
+    assert "do not arrive" in verdict.reason
 
 
 @pytest.mark.parametrize(("operation", "size"), [(b"barrier", 0), (b"allreduce", 8)])
@@ -112,11 +115,26 @@ def test_nobody_is_accused_of_another_call_before_most_ranks_agree() -> None:
     assert verdict.culprits == (1,)
 
 
-def test_messages_of_different_lengths_may_be_gathered() -> None:
+def test_of_two_ranks_that_disagree_one_is_accused_at_once() -> None:
+    """No third one will come and tell who is wrong."""
+    found = ranks(2, inside=(0,))
+    found[1].enter(b"barrier", 0)
+    verdict = judge(sightings(found, 3), 0)
+    assert verdict is not None
+    assert verdict.culprits == (1,)
+
+
+@pytest.mark.parametrize("operation", [b"allgather", b"alltoall"])
+def test_messages_of_different_lengths_may_be_exchanged(operation: bytes) -> None:
     found = ranks()
     for rank in found:
-        rank.enter(b"allgather", rank.rank)
+        rank.enter(operation, rank.rank)
     assert judge(sightings(found, 100), 120) is None
+
+
+def test_a_rank_of_which_nothing_is_known_yet_may_be_the_one_that_is_missing() -> None:
+    found = ranks(inside=(0, 1, 2))
+    assert judge(sightings(found, 120, rank1=Sighting(None)), 120) is None
 
 
 def test_messages_that_do_not_arrive_end_the_job_at_the_limit() -> None:
@@ -201,6 +219,12 @@ def test_a_hanging_rank_ends_the_job_at_the_limit_and_may_be_rank_0_itself() -> 
     world = World(ranks(3, inside=(1, 2)))
     assert 10 <= world.run(60) < 13
     assert world.ended == [(0, (0,))]
+
+
+def test_without_a_limit_nobody_is_too_slow() -> None:
+    world = World(ranks(5, inside=(1, 2, 3)), timeout=0)
+    world.run(60)
+    assert world.ended == []
 
 
 def test_nothing_is_sent_while_collectives_end() -> None:
