@@ -197,6 +197,14 @@ def test_dropout_bits_follow_the_position_in_the_global_batch(size):
     assert len(set(draws)) == len(draws)  # no step or layer repeats another's
 
 
+def test_dropout_bits_follow_the_seed():
+    first, again, other = (
+        [row_bits(3, 4).tolist() for _ in Loader(ArrayDataset(np.arange(6)), batch_size=3, seed=seed)]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
 def test_a_resumed_epoch_draws_the_same_dropout_bits():
     loader = Loader(ArrayDataset(np.arange(12)), batch_size=3)
     whole = [row_bits(3, 4) for _ in loader.batches(1)]
