@@ -1,3 +1,4 @@
+import gc
 import threading
 import time
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from communicator_suite import suite
-from distprop.comm import CollectiveError, SoloCommunicator, play, run_threads, world
+from distprop.comm import CollectiveError, SoloCommunicator, _share_cores, node, play, run_threads, world
 from distprop.comm.base import allgather_for
 from scenario import run
 
@@ -197,6 +198,36 @@ def test_no_thread_is_left_behind():
     with pytest.raises(ZeroDivisionError):
         run_threads(3, lambda comm: 1 / comm.rank and comm.barrier())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
+
+
+def test_shared_memory_has_no_name_and_is_forgotten_with_its_array(monkeypatch, tmp_path):
+    """Its number may be another array's afterwards."""
+    monkeypatch.setattr(node, "_FOLDER", str(tmp_path))
+
+    def share(comm):
+        message = comm.allocate(10, np.float32)
+        assert comm.node.check_sums(message, 10)
+        assert (len(comm.node._arrays), len(comm.node._checks)) == (1, 1)
+        comm.barrier()  # the first rank has taken the name away
+        assert list(tmp_path.iterdir()) == []
+        del message
+        gc.collect()
+        return len(comm.node._arrays), len(comm.node._checks)
+
+    assert run_threads(2, share, share_memory=True) == [(0, 0)] * 2
+
+
+def test_ranks_that_run_on_the_same_cores_share_them_out_unless_a_variable_says_how_many(monkeypatch):
+    asked = []
+    monkeypatch.setattr("threadpoolctl.threadpool_limits", lambda limits, user_api: asked.append((limits, user_api)))
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(7)), raising=False)
+    run_threads(3, _share_cores)
+    assert asked == [(2, "blas")] * 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run_threads(3, _share_cores)
+    assert len(asked) == 3
 
 
 def test_ranks_that_disagree_on_the_length_of_what_they_exchange_are_told_so():
