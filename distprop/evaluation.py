@@ -58,6 +58,7 @@ def evaluate(
     try:
         with no_grad():
             for block in _blocks(len(dataset), comm, same_blocks):
+                here.at(recorder.EVALUATION)
                 inputs, target = split_target(dataset[np.arange(block.start, block.stop)])
                 output, tally = model(*inputs), Tally()
                 tally.add(loss(output, target).item(), output, target, float(examples(target)))

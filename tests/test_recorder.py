@@ -10,10 +10,13 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distprop.comm import CollectiveError, SoloCommunicator, recorder
 from distprop.comm.recorder import BACKWARD, RING, Record
+from distprop.data import ArrayDataset
+from distprop.evaluation import EVALUATION_ROWS
 from distprop.witness import Witness
 from test_launch import wait_until
 from test_resume import dataset, make_trainer
@@ -75,6 +78,13 @@ def test_what_a_script_does_after_fit_is_no_longer_a_phase_of_it(tmp_path: Path)
         trainer.fit(dataset(), steps=3)
         assert trainer.evaluate(dataset())["loss"] > 0
     assert recorder.read(recorder.here.memory).place == "step 6, after fit"
+
+
+def test_each_block_of_an_evaluation_is_progress(tmp_path: Path) -> None:
+    rows = 3 * EVALUATION_ROWS
+    trainer, begun = make_trainer(SoloCommunicator(), tmp_path), recorder.here.phases
+    trainer.evaluate(ArrayDataset(np.zeros((rows, 6), np.float32), np.zeros(rows, np.int64)))
+    assert recorder.here.phases - begun >= 3 + 2  # and its begin and end
 
 
 def test_what_is_no_record_is_refused() -> None:

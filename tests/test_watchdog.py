@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distprop.comm import recorder
-from distprop.comm.recorder import END, FORWARD, REDUCTION, Record, Snapshot
+from distprop.comm.recorder import BACKWARD, END, FORWARD, REDUCTION, Record, Snapshot
 from distprop.comm.watchdog import TICK_SECONDS, TIMEOUT_VARIABLE, Sighting, Verdict, Watchdog, judge, timeout_seconds
 
 
@@ -225,6 +225,19 @@ def test_without_a_limit_nobody_is_too_slow() -> None:
     world = World(ranks(5, inside=(1, 2, 3)), timeout=0)
     world.run(60)
     assert world.ended == []
+
+
+def test_a_rank_whose_phases_come_round_again_makes_progress() -> None:
+    """Forward and backward passes in turn, such as those of an accumulated step: no look tells one from the next."""
+    found = ranks(5, inside=(0, 2, 3, 4))
+    world = World(found)
+    for _ in range(60):
+        found[1].at(BACKWARD)
+        found[1].at(FORWARD)
+        world.run(0.5)
+    assert world.ended == []
+    world.run(60)
+    assert world.ended == [(0, (1,))]
 
 
 def test_nothing_is_sent_while_collectives_end() -> None:

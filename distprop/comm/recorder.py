@@ -57,7 +57,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Record:
-    """This process's record; `here` is the one of every program. `waited` counts the seconds spent in collectives."""
+    """This process's record; `here` is the one of every program. `waited` counts the seconds spent in collectives.
+
+    `phases` counts the phases begun: two that come in turn look like one to who looks twice a second.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -66,7 +69,7 @@ class Record:
         self.neighbour: int | None = None  # one of them; every rank of this host is the neighbour of another
         self.memory: Any = bytearray(LENGTH)
         self._path = ""  # of the file that it is in
-        self.step, self.phase = 0, START
+        self.step, self.phase, self.phases = 0, START, 0
         self.sequence, self.inside, self.waited = 0, False, 0.0
         self.failed = False  # the last collective raised
         self._began = 0.0
@@ -76,6 +79,7 @@ class Record:
         if step is not None:
             self.step = step
         self.phase = phase
+        self.phases += 1
         _PLACE.pack_into(self.memory, _PLACE_AT, self.step, phase)
 
     def enter(self, operation: bytes, size: int, dtype: bytes = b"") -> None:

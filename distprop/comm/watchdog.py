@@ -66,8 +66,8 @@ class Verdict:
 def judge(sightings: Sequence[Sighting], timeout: float) -> Verdict | None:
     """Whether the ranks, in order, will ever come together again; None while there is hope.
 
-    Progress is a collective entered or left, or another phase of a step. A rank that computes for longer than `timeout`
-    while others wait for it is a stall; one that is only slow is not.
+    Progress is a collective entered or left, or the begin of a phase of a step. A rank that computes for longer
+    than `timeout` while others wait for it is a stall; one that is only slow is not.
     """
     waiting = [s for s in sightings if s.snapshot and s.snapshot.inside and s.idle >= PATIENCE_SECONDS]
     if not waiting:
@@ -122,7 +122,7 @@ class Watchdog:
         elapsed = min(elapsed, 2 * TICK_SECONDS)
         self._clock += elapsed
         record = self.record
-        now = (record.sequence, record.inside, record.phase, record.step)
+        now = (record.sequence, record.inside, record.phases)
         self.idle = self.idle + elapsed if now == self._last else 0.0
         self._last = now
         for sender, message in self.channel.receive():
@@ -136,9 +136,12 @@ class Watchdog:
         elif record.inside and self.idle >= PATIENCE_SECONDS and self._clock - self._told >= FRESH_SECONDS:
             self._told = self._clock
             for centre in self._centres:
-                self._tell(centre)
-        if self.timeout and record.inside and self.idle >= self.timeout + 15:  # nobody is left who would judge
-            self._end(Verdict(tuple(self._centres), f"no answer, while rank {record.rank} waits for {self.idle:.0f} s"))
+                self._tell(centre, ask=True)
+        if self.timeout and record.inside and record.rank not in self._centres:
+            heard = max((self._seen[centre][0] for centre in self._centres if centre in self._seen), default=0.0)
+            if min(self.idle, self._clock - heard) >= self.timeout + 15:  # nobody is left who would judge
+                reason = f"no answer, while rank {record.rank} waits for {self.idle:.0f} s"
+                self._end(Verdict(tuple(self._centres), reason))
 
     def _preside(self) -> None:
         """Ask everybody as long as somebody waits, and judge."""
