@@ -472,6 +472,26 @@ def test_one_rank_ends_the_job_when_it(failure: str, jobs: Jobs) -> None:
 
 
 @needs_mpi
+def test_ranks_at_the_end_of_the_script_wait_for_one_that_works_and_not_for_one_that_is_stopped(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTPROP_TIMEOUT", "4")
+    works, stopped = jobs.run_at_once(
+        [
+            WORLD + "comm.barrier()\nif comm.rank == 0: time.sleep(9); print('written')",
+            WORLD + "comm.barrier()\nif comm.rank == 0: os.kill(os.getpid(), signal.SIGSTOP)",
+        ]
+    )
+    assert (works.returncode, works.stdout) == (0, "written\n"), works.stderr
+    host = re.escape(os.uname().nodename)
+    lines = re.findall(rf"^distprop: rank 1 at .*, waiting for rank 0 on {host} \(start\)$", works.stderr, re.M)
+    assert len(lines) == 1, works.stderr
+    assert stopped.returncode != 0
+    said = f"rank 0 of 2 on {host}, start: is stopped .SIGSTOP. .* while rank 1 waits at the end of its script"
+    assert re.search(said, stopped.stderr), stopped.stderr
+
+
+@needs_mpi
 def test_ranks_that_all_exit_with_a_failure_are_not_killed(jobs: Jobs) -> None:
     source = WORLD + "comm.barrier()\ntime.sleep(0.5 * (comm.rank == 0))\nprint('saved by', comm.rank)\nsys.exit(3)"
     done = jobs.run(2, source)

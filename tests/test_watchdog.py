@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from distprop.comm import recorder
@@ -173,9 +175,15 @@ class Post:
 
 class World:
     def __init__(self, found: list[Rank], timeout: float = 10) -> None:
-        self.post, self.ended = Post(len(found)), []
+        self.post, self.ended, self.said = Post(len(found)), [], []
         self.dogs = [
-            Watchdog(self.post.channel(r.rank), r, timeout, lambda verdict, _, rank=r.rank: self.end(rank, verdict))
+            Watchdog(
+                self.post.channel(r.rank),
+                r,
+                timeout,
+                lambda verdict, _, rank=r.rank: self.end(rank, verdict),
+                self.said.append,
+            )
             for r in found
         ]
 
@@ -238,6 +246,45 @@ def test_a_rank_whose_phases_come_round_again_makes_progress() -> None:
     assert world.ended == []
     world.run(60)
     assert world.ended == [(0, (1,))]
+
+
+def at_end(size: int, *, but: int) -> list[Rank]:
+    found = ranks(size)
+    for rank in found:
+        if rank.rank != but:
+            rank.at(END)
+    return found
+
+
+@pytest.mark.parametrize("late", range(5))
+def test_a_rank_that_has_something_to_do_alone_is_waited_for_at_the_end_and_that_is_said_once(late: int) -> None:
+    world = World(at_end(5, but=late))
+    assert world.run(100) == 100
+    (line,) = world.said
+    assert re.fullmatch(
+        rf"distprop: ranks .* since \d\d:\d\d:\d\d, waiting for rank {late} \(step 3, forward pass\)", line
+    )
+
+
+@pytest.mark.parametrize("stopped", range(5))
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rank_that_is_stopped_while_the_others_are_at_their_end_ends_the_job(stopped: int, ended: bool) -> None:
+    world = World(at_end(5, but=-1 if ended else stopped))
+    world.run(5)
+    assert 8 <= world.run(60, stopped=(stopped,)) < 16  # it last answered a moment before
+    assert [culprits for _, culprits in world.ended] == [(stopped,)]
+
+
+def test_a_rank_that_answers_seldom_is_not_ended_however_long_the_others_wait() -> None:
+    """A library that it calls may keep the interpreter for a while."""
+    for found in (at_end(3, but=1), ranks(3, inside=(0, 2))):
+        world = World(found)
+        for _ in range(20):
+            found[1].at(FORWARD)
+            world.run(8, stopped=(1,))
+            found[1].at(FORWARD)
+            world.run(0.5)
+        assert world.ended == []
 
 
 def test_nothing_is_sent_while_collectives_end() -> None:

@@ -249,11 +249,14 @@ def watch(comm: MPICommunicator, timeout: float) -> None:
         if here.speak():
             _write(report(verdict.culprits, verdict.reason, snapshots))
         # Abort may wait for a rank that is stopped; then the launcher is told by the death of this one.
-        threading.Timer(_ABORT_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        try:
+            threading.Timer(_ABORT_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        except RuntimeError:  # Python 3.12 starts no thread once the script has ended
+            faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         comm.abort(1)
 
     here.connect(comm)
-    thread = WatchdogThread(Watchdog(channel, here, timeout, end_job))
+    thread = WatchdogThread(Watchdog(channel, here, timeout, end_job, lambda line: _write(f"{line}\n")))
     process = os.getpid()
 
     def end() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distprop.comm.recorder import SAME_CALLS, Record, Snapshot, comparable, described, read
+from distprop.comm.recorder import END, SAME_CALLS, Record, Snapshot, comparable, described, read
 
 TIMEOUT_VARIABLE = "DISTPROP_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -53,6 +53,7 @@ class Sighting:
     snapshot: Snapshot | None
     idle: float = 0.0  # seconds without progress, by its own count
     silent: bool = False  # it was asked and did not answer
+    unheard: float = float("inf")  # seconds since its last answer
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ def judge(sightings: Sequence[Sighting], timeout: float) -> Verdict | None:
     """Whether the ranks, in order, will ever come together again; None while there is hope.
 
     Progress is a collective entered or left, or the begin of a phase of a step. A rank that computes for longer
-    than `timeout` while others wait for it is a stall; one that is only slow is not.
+    than `timeout` while others wait for it is a stall; one that is only slow is not. For one that others wait for at
+    the end of their scripts there is no limit, as long as it answers: it may have something to do alone.
     """
     waiting = [s for s in sightings if s.snapshot and s.snapshot.inside and s.idle >= PATIENCE_SECONDS]
     if not waiting:
-        return None
+        at_end = [s for s in sightings if s.snapshot and s.snapshot.ended]
+        last = max(at_end, key=lambda s: s.idle, default=None)
+        return _silence(sightings, last, timeout) if timeout and last and last.idle >= timeout else None
     known = [s.snapshot for s in sightings if s.snapshot]
     waits = max(waiting, key=lambda s: s.idle)
     assert waits.snapshot
     return (
         _disagreement(known)
         or _desertion(known, [s.snapshot for s in waiting if s.snapshot])
-        or (_stall(sightings, waits.snapshot, timeout) if timeout and waits.idle >= timeout else None)
+        or (_stall(sightings, waits, timeout) if timeout and waits.idle >= timeout else None)
     )
 
 
@@ -93,7 +97,7 @@ class Channel(Protocol):
 
 
 class Watchdog:
-    """One rank's; `tick` is one look. `end_job(verdict, snapshots)` is called at most once.
+    """One rank's; `tick` is one look. `end_job(verdict, snapshots)` is called at most once, and so is `say(line)`.
 
     Time is counted in ticks, none longer than twice their interval: a job that was suspended as a whole, by a batch
     system or with its machine, goes on as if nothing had happened.
@@ -105,8 +109,10 @@ class Watchdog:
         record: Record,
         timeout: float,
         end_job: Callable[[Verdict, Mapping[int, Snapshot]], object],
+        say: Callable[[str], object],
     ) -> None:
-        self.channel, self.record, self.timeout, self.end_job = channel, record, timeout, end_job
+        self.channel, self.record, self.timeout = channel, record, timeout
+        self.end_job, self.say = end_job, say
         self.idle = 0.0
         self._clock = 0.0
         self._last: tuple[object, ...] = ()
@@ -114,7 +120,7 @@ class Watchdog:
         self._asked: dict[int, float] = {}
         self._told = 0.0
         self._lost_since: float | None = None
-        self._done = False
+        self._done = self._said = False
         self._centres = sorted({0, record.size - 1})
 
     def tick(self, elapsed: float) -> None:
@@ -133,11 +139,15 @@ class Watchdog:
                 self._tell(sender)
         if record.rank in self._centres:
             self._preside()
-        elif record.inside and self.idle >= PATIENCE_SECONDS and self._clock - self._told >= FRESH_SECONDS:
+        elif (
+            (record.inside or record.phase == END)
+            and self.idle >= PATIENCE_SECONDS
+            and self._clock - self._told >= FRESH_SECONDS
+        ):
             self._told = self._clock
             for centre in self._centres:
                 self._tell(centre, ask=True)
-        if self.timeout and record.inside and record.rank not in self._centres:
+        if self.timeout and (record.inside or record.phase == END) and record.rank not in self._centres:
             heard = max((self._seen[centre][0] for centre in self._centres if centre in self._seen), default=0.0)
             if min(self.idle, self._clock - heard) >= self.timeout + 15:  # nobody is left who would judge
                 reason = f"no answer, while rank {record.rank} waits for {self.idle:.0f} s"
@@ -148,7 +158,7 @@ class Watchdog:
         record = self.record
         self._seen[record.rank] = (self._clock, self.idle, read(record.memory))
         if not any(
-            snapshot.inside and idle >= PATIENCE_SECONDS and self._clock - when <= 2 * FRESH_SECONDS
+            (snapshot.inside or snapshot.ended) and idle >= PATIENCE_SECONDS and self._clock - when <= 2 * FRESH_SECONDS
             for when, idle, snapshot in self._seen.values()
         ):
             self._asked.clear()
@@ -163,6 +173,7 @@ class Watchdog:
         verdict = judge(sightings, self.timeout)
         if verdict is None:
             self._lost_since = None
+            self._say_who_is_late(sightings)
             return
         if self._lost_since is None:
             self._lost_since = self._clock
@@ -170,12 +181,26 @@ class Watchdog:
         if first or self._clock - self._lost_since > 3:  # rank 0 speaks, if it can
             self._end(verdict, {rank: s.snapshot for rank, s in enumerate(sightings) if s.snapshot})
 
+    def _say_who_is_late(self, sightings: Sequence[Sighting]) -> None:
+        """Once, where the others have waited at their end for as long as the limit."""
+        ended = [s for s in sightings if s.snapshot and s.snapshot.ended]
+        late = [s.snapshot for s in sightings if s.snapshot and not s.snapshot.ended]
+        seconds = max((s.idle for s in ended), default=0.0)
+        if self.record.rank == 0 and self.timeout and seconds >= self.timeout and late and not self._said:
+            self._said = True
+            who = ", ".join(f"{self.record.name(s.rank)} ({s.place})" for s in late[:8])
+            since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
+            self.say(
+                f"distprop: {_ranks([s.snapshot.rank for s in ended if s.snapshot])} at the end of the script since "
+                f"{since}, waiting for {who}"
+            )
+
     def _sighting(self, rank: int) -> Sighting:
         silent = self._clock - self._asked.get(rank, self._clock) >= ANSWER_SECONDS
-        _, idle, snapshot = self._seen.get(rank, (0.0, 0.0, None))
+        when, idle, snapshot = self._seen.get(rank, (float("-inf"), 0.0, None))
         if rank in self.record.peers:  # on this host its memory says it, whether it answers or not
             snapshot = read(self.record.peers[rank])
-        return Sighting(snapshot, idle, silent)
+        return Sighting(snapshot, idle, silent, self._clock - when)
 
     def _tell(self, rank: int, ask: bool = False) -> None:
         self.channel.send(rank, _PREFIX.pack(ask, self.idle) + bytes(self.record.memory))
@@ -239,20 +264,35 @@ def _desertion(known: Sequence[Snapshot], waiting: Sequence[Snapshot]) -> Verdic
     )
 
 
-def _stall(sightings: Sequence[Sighting], waits: Snapshot, timeout: float) -> Verdict | None:
+def _behind(waits: Snapshot, timeout: float) -> str:
+    where = "at the end of its script" if waits.ended else f"in {waits.collective} ({waits.place})"
+    return f"while rank {waits.rank} waits {where}; the limit is {timeout:g} s"
+
+
+def _silence(sightings: Sequence[Sighting], waits: Sighting, timeout: float) -> Verdict | None:
+    """Ranks that have not answered for as long as another may wait."""
+    silent = tuple(rank for rank, s in enumerate(sightings) if s.silent and min(s.unheard, waits.idle) >= timeout)
+    if not silent or not waits.snapshot:
+        return None
+    state = process_state(sightings[silent[0]].snapshot)
+    return Verdict(silent, f"{state or 'does not answer'}, {_behind(waits.snapshot, timeout)}")
+
+
+def _stall(sightings: Sequence[Sighting], waits: Sighting, timeout: float) -> Verdict | None:
     """Ranks that do not answer, or that have computed for as long as another has waited."""
-    behind = f"while rank {waits.rank} waits in {waits.collective} ({waits.place}); the limit is {timeout:g} s"
-    silent = tuple(rank for rank, s in enumerate(sightings) if s.silent)
-    if silent:
-        state = process_state(sightings[silent[0]].snapshot)
-        return Verdict(silent, f"{state or 'does not answer'}, {behind}")
+    assert waits.snapshot
+    behind = _behind(waits.snapshot, timeout)
+    if silence := _silence(sightings, waits, timeout):
+        return silence
     computing = [
-        (rank, s) for rank, s in enumerate(sightings) if s.snapshot and not s.snapshot.inside and not s.snapshot.ended
+        (rank, s)
+        for rank, s in enumerate(sightings)
+        if s.snapshot and not (s.silent or s.snapshot.inside or s.snapshot.ended)
     ]
     stalled = tuple(rank for rank, s in computing if s.idle >= timeout)
     if stalled:
         return Verdict(stalled, f"no progress for {sightings[stalled[0]].idle:.0f} s, {behind}")
-    if computing or any(s.snapshot is None for s in sightings):
+    if computing or any(s.silent or s.snapshot is None for s in sightings):
         return None
     oldest = min(s.snapshot.sequence for s in sightings if s.snapshot)
     late = tuple(rank for rank, s in enumerate(sightings) if s.snapshot and s.snapshot.sequence == oldest)
