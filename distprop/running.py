@@ -4,7 +4,8 @@ A forward pass moves a module's buffers by what it saw, and each rank (or shard)
 ranks would evaluate different models. So every forward pass starts from the same buffers, its change is noted and taken
 back, and the changes travel with the gradients. Afterwards the buffers are what they were plus the mean change over the
 examples. An integer, such as a count of batches, changes by the same on every rank, and so it does in the mean. What a
-forward pass leaves as it is, such as a mask, stays so, whatever it holds; booleans are left to the module.
+forward pass leaves as it is, such as a mask, stays so, whatever it holds; booleans are left to the module. A forward
+pass without examples moves nothing: the mean over no rows may be no number.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class RunningStatistics:
         changes = np.zeros_like(message)
         try:
             yield
+            if not examples:
+                return
             for (buffer, change), old in zip(self._with_parts(changes), before, strict=True):
                 moved = buffer != old  # −∞ less −∞ is no number
                 change[moved] = examples * np.subtract(buffer[moved], old[moved], dtype=_signed(buffer.dtype))

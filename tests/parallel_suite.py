@@ -148,6 +148,27 @@ def a_forward_pass_that_raises_moves_no_buffer(comm: Communicator) -> None:
     assert int(model.count) == 252
 
 
+class Centred(nn.Module):
+    """Keeps the mean of what it has seen, in a way that says nothing of no rows."""
+
+    def __init__(self) -> None:
+        self.linear = nn.Linear(4, 2, dtype=np.float64)
+        self.register_buffer("mean", np.zeros(4))
+
+    def forward(self, x: np.ndarray) -> Tensor:
+        if self.training:
+            self.mean[...] = 0.9 * self.mean + 0.1 * x.mean(axis=0)
+        return self.linear(x - self.mean)
+
+
+@suite.scenario(min_size=2, ignore=("Mean of empty slice", "invalid value"))
+def a_rank_without_examples_moves_no_buffer(comm: Communicator) -> None:
+    mine, total = uneven(comm)
+    model = Centred()
+    DataParallel(model, comm)(rows(total)[0][mine]).mean().backward()
+    np.testing.assert_allclose(model.mean, 0.1 * rows(total)[0].mean(axis=0), rtol=1e-12)
+
+
 @suite.scenario()
 def statistics_survive_a_change_of_dtype_and_follow_any_module_that_trains(comm: Communicator) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
