@@ -32,7 +32,7 @@ from distprop.nn.watch import parts_of
 from distprop.pace import Pace
 from distprop.replicas import compare_layout, compare_values
 from distprop.running import RunningStatistics
-from distprop.tape import Array, BackwardPass, gradients_needed, take_part
+from distprop.tape import Array, BackwardPass, gradients_needed, recording, take_part
 from distprop.tensor import Parameter, Tensor, clear_gradients
 
 VERIFY_SECONDS = 5.0  # between two comparisons of the parameters, if `verify_every` reductions take longer
@@ -205,8 +205,11 @@ class DataParallel:
         return output
 
     def _forward(self, examples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the module; what it does to its running statistics is kept back for the reduction."""
-        if not (self._statistics.size and self._statistics.training and gradients_needed(tuple(self._trained))):
+        """Run the module; what it does to its running statistics is kept back for the reduction.
+
+        Also if all is frozen: there may be gradients for what is before the model.
+        """
+        if not (self._statistics.size and self._statistics.training and recording()):
             return self.module(*args, **kwargs)
         with self._statistics.kept_back(examples, self._buffer.extra[: self._statistics.size]):
             return self.module(*args, **kwargs)

@@ -78,6 +78,11 @@ class Node:
         return False
 
 
+def recording() -> bool:
+    """Whether operations on what requires gradients go on the tape; not inside `no_grad`."""
+    return _recording.get()
+
+
 def gradients_needed(inputs: tuple[Tensor, ...]) -> bool:
     """Whether an operation on `inputs` goes on the tape."""
     if _recording.get():

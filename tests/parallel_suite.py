@@ -195,6 +195,21 @@ def statistics_do_not_move_with_a_gradient_that_is_not_finite(comm: Communicator
 
 
 @suite.scenario()
+def statistics_of_a_frozen_model_move_with_the_next_sum_on_all_ranks_alike(comm: Communicator) -> None:
+    """Also if that is made for another model, as where a GAN's generator learns through its discriminator."""
+    other, model = make_model(), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    before, after = DataParallel(other, comm), DataParallel(model, comm)
+    x = rows(4, first=10 * comm.rank)[0]
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    after(x[:, :2])  # needs no gradient, and nothing is summed
+    np.testing.assert_array_equal(model[1].running_mean, np.zeros(2))
+    after(before(x)).mean().backward()
+    assert model[1].running_mean.any()
+    assert len(set(comm.allgather(model[1].running_mean.tobytes()))) == 1
+
+
+@suite.scenario()
 def one_backward_pass_goes_through_two_models(comm: Communicator) -> None:
     """As in a GAN; one of them has made reductions of its own before, so its expectation is another one."""
     first, second = make_model(), nn.Linear(make_model()(rows(1)[0]).shape[1], 1, dtype=np.float64)
