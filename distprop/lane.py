@@ -29,7 +29,7 @@ class Received:
 
     examples: float
     backwards: float  # backward passes of each sender
-    bad: float  # senders whose gradients are not finite
+    bad: float  # senders whose gradients are not finite, or so large that their sum may not be
     verify: float  # senders that want the parameters to be compared
     numbers: dict[str, float]
 

@@ -2,6 +2,9 @@
 
 On one node the sum looks for that itself, while it has the numbers in the cache. Elsewhere each rank looks through its
 own gradients before they are sent, a pass of its own, and the control lane tells the others.
+
+One dot product tells that all is well. If it is finite, no number is more than the root of the largest one, 1.8e19 in
+float32, and no sum over ranks can overflow. So the sum itself has to be looked at only if some rank's is not.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 
 from distprop.buffer import FlatBuffer
 from distprop.comm import Communicator
+from distprop.comm.base import allgather_for
 
 
 class MessageSum:
@@ -51,7 +55,7 @@ class MessageSum:
             self._wire_sum = WireSum(comm, wire, buffer.grad.size)
 
     def look(self) -> bool:
-        """Before the sum: whether this rank's gradients are not finite, unless the sum will see that."""
+        """Before the sum: whether this rank's gradients are not finite or very large, unless the sum will see that."""
         if self._node is not None:
             return False
         grad = self._buffer.grad
@@ -62,20 +66,29 @@ class MessageSum:
             start, stop = self._buffer.span(parameter)
             if not np.isfinite(grad[start:stop]).all():
                 self.bad_parameter = self.bad_parameter or self._names[id(parameter)]
-                return True
-        return False  # large numbers, whose squares are infinite
+                break
+        return True  # if nothing was found, these are large numbers, whose squares are infinite
 
     def allreduce(self) -> bool:
-        """Replace the message by its sum over the ranks; whether it saw that a gradient of any rank is not finite."""
+        """Replace the message by its sum over the ranks; whether it saw what `look` looks for on any rank."""
         (self._wire_sum or self._comm).allreduce(self._buffer.message)
-        if self._node is None:
+        if self._node is None or not self._node.suspicious(self._buffer.message):
             return False
-        last = self._node.not_finite(self._buffer.message)
-        own = last[self._node.rank]
+        own = self._node.not_finite(self._buffer.message)[self._node.rank]
         if own is not None:
             ends = ((self._buffer.span(parameter)[1], parameter) for parameter in self._buffer.parameters)
             self.bad_parameter = next(self._names[id(parameter)] for end, parameter in ends if own < end)
-        return any(place is not None for place in last)
+        return True
+
+    def first_bad_parameters(self) -> list[str] | None:
+        """After the sum, if `look` or `allreduce` has seen something: is it of no use? Collective; None if it is good.
+
+        Otherwise the `bad_parameter` of each rank; all are empty if the sum has overflowed.
+        """
+        messages = allgather_for("a gradient that is not finite", self._comm, self.bad_parameter.encode())
+        found = [name.decode() for name in messages]
+        self.bad_parameter = ""
+        return found if any(found) or not np.isfinite(self._buffer.grad).all() else None
 
     def rescale(self, factor: float) -> None:
         """The gradients in the message have been multiplied by `factor` since they were summed."""

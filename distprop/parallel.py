@@ -404,8 +404,8 @@ class DataParallel:
             self.expected_examples = received.examples / received.backwards
         if self._kept is not None:
             self._buffer.grad += self._kept
-        refused = bool(received.bad) or bad
-        if self._statistics.size and not refused:
+        refused = self._sum.first_bad_parameters() if received.bad or bad else None
+        if self._statistics.size and refused is None:
             self._statistics.apply(self._buffer.extra[: self._statistics.size])
         if self._extra is not None:
             self._extra.after_sum(self._buffer.extra[self._statistics.size :])
@@ -415,18 +415,19 @@ class DataParallel:
         if self._buffer.sums is not None:
             self._buffer.sums += 1
         self._verify_due = bool(received.verify)
-        if refused:
-            self._refuse_bad_gradients()
+        if refused is not None:
+            self._refuse_bad_gradients(refused)
         here.at(recorder.UPDATE)
 
-    def _refuse_bad_gradients(self) -> None:
-        """Some rank has sent what is not finite; all ranks know, so they can ask which."""
-        found = allgather_for("a gradient that is not finite", self.comm, self._sum.bad_parameter.encode())
-        self._sum.bad_parameter = ""
+    def _refuse_bad_gradients(self, found: list[str]) -> None:
+        """By the first bad parameter of each rank; if there is none, their sum is not finite."""
         culprits = tuple(rank for rank, name in enumerate(found) if name)
-        where = "; ".join(f"{here.name(rank)}, parameter {found[rank].decode()} first" for rank in culprits[:8])
+        what = "the sum of all gradients is not finite, though they are"
+        if culprits:
+            where = "; ".join(f"{here.name(rank)}, parameter {found[rank]} first" for rank in culprits[:8])
+            what = f"a gradient is not finite on {where}"
         raise NonFiniteGradientError(
-            f"reduction {self.reductions}: a gradient is not finite on {where}; the gradients of this step are of no "
+            f"reduction {self.reductions}: {what}; the gradients of this step are of no "
             "use, nothing was updated. Look for an overflow, a division by 0, a square root at 0 or bad data",
             culprits,
         )

@@ -458,6 +458,21 @@ def large_gradients_whose_squares_are_infinite_are_finite(comm: Communicator) ->
 
 
 @suite.scenario(min_size=2)
+def gradients_that_only_overflow_as_they_are_added_are_refused(comm: Communicator) -> None:
+    for options in ({}, {"deterministic": True, "shards": comm.size}):
+        model = make_model()
+        before = bits(model)
+        trainer = make_trainer(
+            comm, model, loss=lambda output, target: output[:, 0].sum() * 1e308, batch_size=comm.size, **options
+        )
+        message = "reduction 1: the sum of all gradients is not finite, though they are"
+        with np.errstate(over="ignore"), pytest.raises(NonFiniteGradientError, match=message) as caught:
+            trainer.fit(classes(comm.size), steps=1)
+        assert caught.value.culprits == ()
+        assert bits(model) == before
+
+
+@suite.scenario(min_size=2)
 def no_checkpoint_is_written_of_parameters_that_differ(comm: Communicator) -> None:
     with folder_of_rank_0(comm) as folder:
         model = make_model()

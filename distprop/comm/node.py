@@ -94,6 +94,10 @@ class Node:
         """
         return self._checks[id(own)].by_rank()
 
+    def suspicious(self, own: NDArray[Any]) -> bool:
+        """Whether there was one, or numbers so large that their sum may be infinite; if and when as `not_finite`."""
+        return self._checks[id(own)].anything
+
     def own_slice(self, array: NDArray[Any]) -> slice:
         """This rank's of nearly equal slices of an array that all ranks of the node work on."""
         return _slice(len(array), array.itemsize, self.rank, self.size)
@@ -148,14 +152,17 @@ class Node:
 
 
 class _Check:
-    """Looks for numbers that are not finite; row r of `found` is what rank r has found, one column for each rank."""
+    """Looks for numbers that are not finite; row r of `found` is what rank r has found, one column for each rank.
+
+    That is 0 for nothing, 1 + the place of the last such number, or -1 where only the numbers' squares are infinite.
+    """
 
     def __init__(self, count: int, found: NDArray[np.int64], rank: int) -> None:
         self._count, self._found, self._mine = count, found, found[rank]
 
     def begin(self) -> None:
         """Forget what the last sum has found."""
-        self._mine[:] = -1
+        self._mine[:] = 0
 
     def look(self, parts: Sequence[NDArray[Any]], piece: slice, start: int) -> None:
         """Look at a piece of all ranks' parts, which begin at number `start` of the message."""
@@ -165,12 +172,19 @@ class _Check:
                 if math.isfinite(np.dot(part[numbers], part[numbers])):
                     continue
             bad = np.flatnonzero(~np.isfinite(part[numbers]))
-            if len(bad):  # else they are large, and their squares infinite
-                self._mine[rank] = start + piece.start + bad[-1]
+            if len(bad):
+                self._mine[rank] = start + piece.start + bad[-1] + 1
+            elif not self._mine[rank]:  # they are large, and their squares infinite
+                self._mine[rank] = -1
+
+    @property
+    def anything(self) -> bool:
+        """Whether anyone has found what is not finite, or whose square is not."""
+        return bool(self._found.any())
 
     def by_rank(self) -> list[int | None]:
         """The last number of each rank's array that anyone has found."""
-        return [None if last < 0 else last for last in self._found.max(axis=0).tolist()]
+        return [None if last <= 0 else last - 1 for last in self._found.max(axis=0).tolist()]
 
 
 def _make_file(size: int) -> str | None:
