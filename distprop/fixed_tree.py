@@ -80,6 +80,10 @@ class FixedTree:
         else:
             out[my_slice] = _finish(self._collect(my_slice))
             self._gather(out, my_slice)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what has been added."""
         self._partials.clear()
         self._next = self.mine.start
 

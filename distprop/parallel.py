@@ -344,6 +344,14 @@ class DataParallel:
         """Whether no gradient has come since `zero_grad()`, or ever."""
         return not any(parameter.has_grad and not parameter.zeroed for parameter in self._trained)
 
+    def begin_shards(self) -> None:
+        """With `shards`: a new global batch begins; nothing counts that a step has left which raised."""
+        if self._tree is None:
+            raise RuntimeError("begin_shards() is for DataParallel(..., shards=n)")
+        self._tree.clear()
+        self._buffer.extra[:] = 0
+        self._examples, self._backwards, self._kept = 0.0, 0, None
+
     def end_shard(self) -> None:
         """With `shards`: the backward passes since the last call were those of this rank's next shard."""
         if self._tree is None:

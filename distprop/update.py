@@ -109,6 +109,7 @@ class Update:
         run = share(shards, comm.rank, comm.size)
         mine = [share(rows, number, shards) for number in range(run.start, run.stop)]
         wishes = None
+        self.parallel.begin_shards()
         if comm.size > shards:  # a rank without a shard sends nothing that its wishes could travel with
             wishes = comm.allreduce(np.array(self._wishes(), np.float64))
         for shard in mine:

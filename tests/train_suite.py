@@ -457,6 +457,33 @@ def large_gradients_whose_squares_are_infinite_are_finite(comm: Communicator) ->
     assert trainer.step == 1
 
 
+@suite.scenario()
+def training_goes_on_after_a_step_that_was_interrupted(comm: Communicator) -> None:
+    """In a notebook, by the stop button; nothing of the half step is left, in statistics neither."""
+
+    def train(fails_at: int) -> dict[str, bytes]:
+        model = nn.Sequential(make_model(), nn.BatchNorm1d(3).double())
+        calls = 0
+
+        def loss(output: Tensor, target: np.ndarray) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise KeyboardInterrupt
+            return F.cross_entropy(output, target)
+
+        trainer = make_trainer(
+            comm, model, loss=loss, batch_size=4 * comm.size, deterministic=True, shards=2 * comm.size
+        )
+        if fails_at:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.fit(classes(40), steps=3)
+        trainer.fit(classes(40), steps=3 - trainer.step)
+        return bits(model)
+
+    assert train(fails_at=4) == train(fails_at=0)  # the second of this rank's shards in the second step
+
+
 @suite.scenario(min_size=2)
 def gradients_that_only_overflow_as_they_are_added_are_refused(comm: Communicator) -> None:
     for options in ({}, {"deterministic": True, "shards": comm.size}):
