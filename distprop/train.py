@@ -25,6 +25,7 @@ from distprop.data.loader import Loader
 from distprop.diagnosis import Diagnosis, Verdict
 from distprop.evaluation import evaluate
 from distprop.fingerprint import Fingerprints, replay_advice, state_hash
+from distprop.functional.check import real
 from distprop.health import EVERY, Health
 from distprop.live import Plan, show_progress
 from distprop.look import Look
@@ -140,26 +141,20 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         _check_parts(model, loss, optimizer)
-        whole = {"batch_size": batch_size, "accumulate": accumulate, "shards": shards, "seed": seed}
-        for name, value in whole.items():
-            if not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} is a whole number, got {value!r}")
-            if value < (name != "seed"):
-                raise ValueError(f"{name} must be {'0 or more' if name == 'seed' else 'at least 1'}, got {value}")
-        batch_size, accumulate, shards, seed = map(int, whole.values())  # NumPy's numbers are nothing for JSON
-        if prefetch < 0:
-            raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
+        batch_size, accumulate = _whole("batch_size", batch_size, 1), _whole("accumulate", accumulate, 1)
+        shards, seed, prefetch = _whole("shards", shards, 1), _whole("seed", seed, 0), _whole("prefetch", prefetch, 0)
+        if checkpoint_every is not None:
+            checkpoint_every = _whole("checkpoint_every", checkpoint_every, 1)
         clip_norm = _checked_norm(clip_norm)
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if run_dir is not None and not os.fspath(run_dir):
+            raise ValueError("run_dir is empty; give a folder, such as runs/a, or None for none")
         if run_dir is None and (checkpoint_every is not None or resume):
             raise ValueError("checkpoint_every and resume need a run_dir")
         if run_dir is None and fingerprint:
             raise ValueError("fingerprint=True needs a run_dir")
-        if profile < 0 or (profile and run_dir is None):
-            raise ValueError(f"profile is a number of steps, 0 or more, and needs a run_dir; got profile={profile}")
-        if health < 0:
-            raise ValueError(f"health is a number of steps, 0 or more, or True; got {health}")
+        if _whole("profile", profile, 0) and run_dir is None:
+            raise ValueError(f"profile is a number of steps and needs a run_dir; got profile={profile}")
+        _whole("health", health, 0)
         self.callbacks = list(callbacks)
         for callback in self.callbacks:
             if not callable(callback):
@@ -492,7 +487,17 @@ class Trainer:
         return {"seed": self.seed, "batch_size": self.batch_size, "shards": self.shards, "accumulate": self.accumulate}
 
 
+def _whole(name: str, value: int, least: int) -> int:
+    """`value` as Python's integer, since NumPy's are nothing for JSON."""
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, got {value}")
+    return int(value)
+
+
 def _checked_norm(norm: float | None) -> float | None:
+    real("Trainer", clip_norm=0.0 if norm is None else norm)
     if norm is not None and not norm > 0:
         raise ValueError(f"clip_norm must be more than 0, got {norm}")
     return None if norm is None else float(norm)

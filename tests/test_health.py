@@ -189,7 +189,7 @@ def test_a_trainer_looks_every_so_many_steps(every, steps, tmp_path):
 
 def test_a_number_below_0_is_refused():
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="health is a number of steps, 0 or more, or True; got -1"):
+    with pytest.raises(ValueError, match="health must be 0 or more, got -1"):
         Trainer(model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=1, health=-1)
 
 

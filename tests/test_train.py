@@ -208,6 +208,10 @@ def test_numbers_of_numpy_are_whole_numbers(tmp_path: Path) -> None:
         ({"optimizer": "sgd"}, "needs an Optimizer, such as .*; got 'sgd'"),
         ({"batch_size": 1.5}, "batch_size is a whole number, got 1.5"),
         ({"accumulate": "2"}, "accumulate is a whole number, got '2'"),
+        ({"checkpoint_every": 1.5, "run_dir": "x"}, "checkpoint_every is a whole number, got 1.5"),
+        ({"prefetch": "a"}, "prefetch is a whole number, got 'a'"),
+        ({"profile": "x", "run_dir": "x"}, "profile is a whole number, got 'x'"),
+        ({"clip_norm": "a"}, "Trainer: clip_norm must be a number, got 'a'"),
         ({"callbacks": [print, "log"]}, "a callback is a function of a StepResult; got 'log'"),
     ],
 )
@@ -216,6 +220,12 @@ def test_what_is_no_part_of_a_trainer_is_refused(what: dict[str, object], messag
     parts = {"loss": F.mse_loss, "optimizer": optim.SGD(model.parameters(), lr=0.1), "batch_size": 1}
     with pytest.raises(TypeError, match=message):
         dp.Trainer(**({"model": model} | parts | what))
+
+
+def test_an_empty_run_dir_is_not_the_current_folder() -> None:
+    model = dp.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="run_dir is empty"):
+        dp.Trainer(model, F.mse_loss, optim.SGD(model.parameters(), lr=0.1), batch_size=1, run_dir="")
 
 
 EXAMPLES = ArrayDataset(np.zeros((3, 2), np.float32), np.zeros((3, 1), np.float32))
