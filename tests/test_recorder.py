@@ -102,6 +102,18 @@ def test_a_record_without_a_launcher_leaves_no_file(monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_record_stays_with_its_process_where_no_file_can_be_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.delenv(recorder.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(recorder, "memory_folder", lambda: str(tmp_path / "no folder"))
+    record = Record()
+    record.connect(SoloCommunicator())
+    record.at(BACKWARD, 3)
+    assert recorder.read(record.memory).place == "step 3, backward pass"
+
+
 def test_a_record_that_is_in_its_file_already_stays_there(tmp_path: Path) -> None:
     """The connection to the launcher is to be the file opened last, so nothing may be closed before it."""
     record = Record()
