@@ -126,7 +126,8 @@ def test_a_transform_says_which_shape_it_needs(transform):
 def test_a_crop_larger_than_the_padded_image_is_refused():
     with pytest.raises(ValueError, match=r"RandomCrop\(size=11, padding=1\) got .* \(2, 1, 8, 12\), too small"):
         RandomCrop(11, padding=1)(np.zeros((2, 1, 8, 12)), numbers(2, 2))
-    assert RandomCrop(10, padding=1)(np.zeros((2, 1, 8, 12)), numbers(2, 2)).shape == (2, 1, 10, 10)
+    for size in (1, 10):
+        assert RandomCrop(size, padding=1)(np.zeros((2, 1, 8, 12)), numbers(2, 2)).shape == (2, 1, size, size)
 
 
 @pytest.mark.parametrize(
