@@ -14,7 +14,7 @@ from distprop import fingerprint, nn, optim
 from distprop import functional as F
 from distprop.cli import main
 from distprop.comm import Communicator, SoloCommunicator, run_threads
-from distprop.fingerprint import COMPARE_EVERY, FINGERPRINTS, Hashes, Record, RecordError
+from distprop.fingerprint import COMPARE_EVERY, FINGERPRINTS, Hashes, Record, RecordError, replay_advice
 from distprop.replicas import DivergenceError
 from distprop.update import NonFiniteLossError
 
@@ -234,3 +234,8 @@ def test_the_names_of_the_layers_are_in_the_first_line_only(tmp_path: Path) -> N
     for line in others:
         assert set(line) == {"step", "hashes"}
         assert len(line["hashes"]) == 8 * len(first["layers"])
+
+
+def test_the_first_step_can_be_replayed_and_what_was_before_it_cannot() -> None:
+    assert "distprop replay run --step 1 --rank 2" in replay_advice(Path("run"), 1, 2)
+    assert replay_advice(Path("run"), 0, 2) == replay_advice(None, 1, 2) == ""
