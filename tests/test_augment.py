@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -48,20 +50,21 @@ def test_numbers_choose_the_place_from_the_upper_left_to_the_lower_right():
     np.testing.assert_array_equal(crops[2], x[2, :, 1:4, :3])
 
 
-def test_a_shift_moves_the_image_and_lets_zeros_in():
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_a_shift_moves_the_image_and_lets_zeros_in(pixels):
     x = images(200)
-    shifted = RandomShift(1)(x, numbers(200, 2))
+    shifted = RandomShift(pixels)(x, numbers(200, 2))
     found = set()
     for image, result in zip(x, shifted, strict=True):
-        for dy, dx in [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
+        for dy, dx in itertools.product(range(-pixels, pixels + 1), repeat=2):
             expected = np.zeros_like(image)
             expected[:, max(dy, 0) : 8 + dy, max(dx, 0) : 8 + dx] = image[:, max(-dy, 0) : 8 - dy, max(-dx, 0) : 8 - dx]
             if np.array_equal(expected, result):
                 found.add((dy, dx))
                 break
         else:
-            pytest.fail("no shift by one pixel")
-    assert len(found) == 9
+            pytest.fail("no shift by so many pixels")
+    assert len(found) == (2 * pixels + 1) ** 2
 
 
 def test_a_flip_mirrors_its_share_of_the_images():
