@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from distprop.comm import Communicator
+from distprop.comm import Communicator, ThreadCommunicator, recorder
 from scenario import Suite
 
 suite = Suite()
@@ -16,6 +16,26 @@ def what_is_no_number_is_not_summed(comm: Communicator) -> None:
     for array in (np.array([True]), np.array(["a"])):
         with pytest.raises(TypeError, match=r"allreduce sums numbers, got (bool|<U1)"):
             comm.allreduce(array)
+
+
+@suite.scenario()
+def what_is_refused_on_one_rank_does_not_count_as_its_collective(comm: Communicator) -> None:
+    """The others may not be refused, and ranks compare the numbers of their collectives."""
+    before, column, pieces = recorder.here.sequence, np.zeros((2, 2))[:, 0], [slice(0, 0)] * comm.size
+    if comm.rank == comm.size - 1 and comm.size > 1:
+        for call, error in (
+            (lambda: comm.allreduce(column), ValueError),
+            (lambda: comm.allreduce(np.array(["a"])), TypeError),
+            (lambda: comm.broadcast(column), ValueError),
+            (lambda: comm.broadcast(np.zeros(2), root=comm.size), ValueError),
+        ):
+            with pytest.raises(error):
+                call()
+        if not isinstance(comm, ThreadCommunicator):
+            with pytest.raises(ValueError, match="C-contiguous"):
+                comm.alltoall(np.zeros(2), pieces, column, pieces)
+    assert recorder.here.sequence == before
+    comm.barrier()
 
 
 @suite.scenario()

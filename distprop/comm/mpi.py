@@ -105,24 +105,33 @@ class MPICommunicator:
         every = self.node is None or b"" not in self.allgather(b"" if shared is None else b"shared")  # all or none
         return shared if shared is not None and every else np.zeros(length, dtype)
 
-    @recorded
+    # What is refused is no collective, so it is refused before it is recorded: on the other ranks it may be none.
+
     def allreduce(self, array: Array) -> Array:
         """Sum in place: with the node's other ranks if `array` is of `allocate`, else with the library's Allreduce."""
+        if not (self.node and self.node.arrays(array)):
+            check_summable(array)
+        return self._allreduce(array)
+
+    @recorded
+    def _allreduce(self, array: Array) -> Array:
         if self.node and self.node.arrays(array):
             self.node.sum(array)
             return array
-        check_summable(array)
         flat = array.reshape(-1)
         step = self._piece_bytes // array.itemsize if self._piece_bytes else max(1, flat.size)
         for start in range(0, flat.size, step):
             self._comm.Allreduce(self._MPI.IN_PLACE, flat[start : start + step], op=self._MPI.SUM)
         return array
 
-    @recorded
     def broadcast(self, array: Array, root: int = 0) -> Array:
         """Overwrite with the array of rank `root`."""
         check_root(root, self.size)
         check_contiguous(array)
+        return self._broadcast(array, root)
+
+    @recorded
+    def _broadcast(self, array: Array, root: int) -> Array:
         self._comm.Bcast(array, root=root)
         return array
 
@@ -136,12 +145,17 @@ class MPICommunicator:
         self._comm.Allgatherv([message, self._MPI.BYTE], [gathered, lengths, starts[:-1], self._MPI.BYTE])
         return [bytes(gathered[a:b]) for a, b in itertools.pairwise(starts)]
 
-    @recorded
     def alltoall(
         self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
     ) -> None:
         """A slice for each rank, with Alltoallv."""
         check_contiguous(receive)
+        self._alltoall(send, send_slices, receive, receive_slices)
+
+    @recorded
+    def _alltoall(
+        self, send: Array, send_slices: Sequence[slice], receive: Array, receive_slices: Sequence[slice]
+    ) -> None:
         counts = [[piece.stop - piece.start for piece in slices] for slices in (send_slices, receive_slices)]
         starts = [[piece.start for piece in slices] for slices in (send_slices, receive_slices)]
         self._comm.Alltoallv([send, (counts[0], starts[0])], [receive, (counts[1], starts[1])])

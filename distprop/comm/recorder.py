@@ -289,7 +289,7 @@ def recorded(method: Method) -> Method:
 
     Where `self.counted` is False it is not recorded: ranks compare the numbers of their collectives.
     """
-    operation = method.__name__.encode()
+    operation = method.__name__.lstrip("_").encode()
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
