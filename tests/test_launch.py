@@ -524,6 +524,7 @@ def test_arrays_that_differ_between_ranks_end_the_job(jobs: Jobs) -> None:
     calls = {
         "comm.allreduce(np.ones(4, [np.int32, np.float32][comm.rank]))": "allreduce of 16 bytes of float32",
         "comm.broadcast(np.ones(2 + 2 * comm.rank))": "broadcast of 32 bytes of float64",
+        "comm.broadcast(np.ones(4), root=comm.rank)": "broadcast of 32 bytes of float64 from rank 1",
     }
     after = "\ncomm.barrier()\nprint('went on')"
     for said, done in zip(calls.values(), jobs.run_at_once([WORLD + c + after for c in calls]), strict=True):

@@ -42,7 +42,7 @@ _HEADER = struct.Struct("<8sqqq64s")  # magic, rank, size, process, host
 _SPOKEN = struct.Struct("<q")
 _PLACE = struct.Struct("<q16s")  # step, phase
 _CALL = struct.Struct("<qq")  # number of the last collective, whether the rank is in it
-_ENTRY = struct.Struct("<q16sq16s")  # number, operation, bytes, dtype
+_ENTRY = struct.Struct("<q16sq24s")  # number, operation, bytes, dtype (of a broadcast with the root, if it is not 0)
 _MAGIC = b"distprop"
 _SPOKEN_AT = _HEADER.size
 _PLACE_AT = _SPOKEN_AT + _SPOKEN.size
@@ -295,7 +295,10 @@ def recorded(method: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if here.inside or not getattr(self, "counted", True):
             return method(self, *args, **kwargs)
-        here.enter(operation, *_moves(args))
+        size, dtype = _moves(args)
+        if operation == b"broadcast" and args[1]:
+            dtype += b" from rank %d" % args[1]
+        here.enter(operation, size, dtype)
         try:
             result = method(self, *args, **kwargs)
             here.compare()
