@@ -196,6 +196,7 @@ class Trainer:
             )
         self._best_loss = math.inf
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
+        self._fit_ended = False  # by a callback; only then does nothing but this tell that the call is complete
         self._examples: int | None = None  # of the dataset that the present epoch goes through
         self._report = Report(os.environ.get(REPORT) if self.comm.rank == 0 else None)
         self._stop_request = StopRequest()
@@ -297,12 +298,13 @@ class Trainer:
             self._stop_request.listening(self.checkpoint_every is not None, self._report),
         ):
             self._fingerprints.record(self.step)
-            stopped = False
-            while self.epoch < last_epoch and self.step < last_step and not stopped:
+            self._fit_ended = False
+            while self.epoch < last_epoch and self.step < last_step and not self._fit_ended:
                 stopped = self._run_epoch(loader, last_step, progress)
                 if self._stop_request.agreed:
                     entry["stopped"] = True
                     break  # at once; the epoch ends when the run is resumed
+                self._fit_ended = stopped
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)
         here.at(recorder.AFTER_FIT)
@@ -437,8 +439,8 @@ class Trainer:
             "batch": self.batch,
             "epoch_sums": asdict(self._sums),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
-            "fit": self._fits,
-            "fit_began": list(self._fit_began),
+            "fit": self._fits + self._fit_ended,  # the call that goes on from here
+            "fit_began": [self.epoch, self.step] if self._fit_ended else list(self._fit_began),
             "examples": self._examples,
             "expected_examples": self.parallel.expected_examples,
             "health": self._health.state(),

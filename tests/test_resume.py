@@ -147,6 +147,24 @@ def test_a_program_of_several_calls_of_fit_ends_in_the_bits_of_the_uninterrupted
     assert (again.step, parameters(again)) == (21, parameters(whole))
 
 
+@pytest.mark.parametrize("stop_at", [4, 5, 7])  # 5 has a checkpoint of its own, 7 is the end of an epoch
+def test_a_call_of_fit_that_a_callback_ended_is_complete(stop_at: int, tmp_path: Path) -> None:
+    def program(folder: Path, fails: bool = False, **options) -> bytes:
+        trainer = make_trainer(SoloCommunicator(), folder, callbacks=[lambda r: r.step == stop_at], **options)
+        trainer.fit(dataset(), epochs=3, validation=dataset())
+        assert trainer.step == stop_at
+        trainer.callbacks.clear()
+        if fails:
+            raise Interruption
+        trainer.fit(dataset(), steps=5)
+        return parameters(trainer)
+
+    whole = program(tmp_path / "whole")
+    with pytest.raises(Interruption):
+        program(tmp_path / "parts", fails=True)
+    assert program(tmp_path / "parts", resume=True) == whole
+
+
 def test_calls_of_fit_that_return_at_once_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(SoloCommunicator(), tmp_path)
     for _ in range(3):
