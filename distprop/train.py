@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from distprop.checkpoint import Checkpoint
 from distprop.comm import Communicator, recorder, world
 from distprop.comm.recorder import here
 from distprop.data.dataset import Dataset, check_dataset
@@ -197,6 +198,7 @@ class Trainer:
         self._best_loss = math.inf
         self._fit_began = (0, 0)  # (epoch, step) at the beginning of the present call of fit
         self._fit_ended = False  # by a callback; only then does nothing but this tell that the call is complete
+        self._resumed: Checkpoint | None = None  # until its call of fit, if there are others before it
         self._examples: int | None = None  # of the dataset that the present epoch goes through
         self._report = Report(os.environ.get(REPORT) if self.comm.rank == 0 else None)
         self._stop_request = StopRequest()
@@ -214,6 +216,7 @@ class Trainer:
         self._fit_resumed = 0  # the number of the call that the checkpoint is of, until it is made
         if found is not None:
             self._restore(found.step, found.state)
+            self._resumed = found if self._fit_resumed > 1 else None
 
     @property
     def loss(self) -> Loss:
@@ -259,7 +262,7 @@ class Trainer:
             check_dataset(validation)
             if not len(validation):
                 raise ValueError("fit() got an empty validation set")
-        if self._fits + 1 < self._fit_resumed:
+        if self._fits + 1 < self._fit_resumed + self._fit_ended:
             return self._pass_over()
         told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
         compare_settings(told | self._identity(), self.comm)
@@ -273,6 +276,7 @@ class Trainer:
                 f"the rest of it is not in a dataset of {len(dataset)}"
             )
         self._examples = len(dataset)
+        self._restore_again()
         if not self._fit_resumed:
             self._fit_began = (self.epoch, self.step)
         self._fit_resumed = 0
@@ -317,9 +321,20 @@ class Trainer:
         """A call of `fit` that was complete when the checkpoint was written."""
         self._fits += 1
         if self._fits == 1 and self.comm.rank == 0:
-            calls = f"{self._fit_resumed - 1} call{'s' * (self._fit_resumed > 2)} of fit() before it return at once"
+            count = self._fit_resumed - 1 + self._fit_ended
+            calls = f"{count} call{'s' * (count > 1)} of fit() before it return at once"
             print(f"distprop: goes on with step {self.step + 1}; {calls}", file=sys.stderr, flush=True)
+        if self._fits == self._fit_resumed:
+            self._restore_again()
+            self._fit_resumed, self._fit_ended = 0, False
         return []
+
+    def _restore_again(self) -> None:
+        """Undo what the program has done once more between calls of `fit` that were passed over. Collective."""
+        if self._resumed is not None:
+            self.comm.barrier()  # no rank changes what is shared any more
+            self._checkpoints.restore(self._resumed)
+            self._resumed = None
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Mean loss, and accuracy where targets are class labels, over all of `dataset`; the same on every rank."""
@@ -439,8 +454,9 @@ class Trainer:
             "batch": self.batch,
             "epoch_sums": asdict(self._sums),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
-            "fit": self._fits + self._fit_ended,  # the call that goes on from here
-            "fit_began": [self.epoch, self.step] if self._fit_ended else list(self._fit_began),
+            "fit": self._fits,
+            "fit_began": list(self._fit_began),
+            "fit_ended": self._fit_ended,
             "examples": self._examples,
             "expected_examples": self.parallel.expected_examples,
             "health": self._health.state(),
@@ -459,6 +475,7 @@ class Trainer:
         self._fit_resumed = state["fit"]
         began_epoch, began_step = state["fit_began"]
         self._fit_began = (began_epoch, began_step)
+        self._fit_ended = state.get("fit_ended", False)
         self._examples = state["examples"]
         self._health.restore(state["health"])
         self._diagnosis.restore(state["diagnosis"])

@@ -165,6 +165,46 @@ def test_a_call_of_fit_that_a_callback_ended_is_complete(stop_at: int, tmp_path:
     assert program(tmp_path / "parts", resume=True) == whole
 
 
+@pytest.mark.parametrize("sharded_update", [False, True])
+@pytest.mark.parametrize("fails_at", [4, 6, 8, 9, 10, 11, 13])
+def test_what_is_changed_between_calls_of_fit_is_changed_once(
+    fails_at: int, sharded_update: bool, tmp_path: Path
+) -> None:
+    """It is in the checkpoint, or it comes after it; the second call is ended by a callback."""
+
+    def program(trainer: dp.Trainer, comm: dp.comm.Communicator) -> bytes:
+        trainer.fit(dataset(), steps=5)
+        trainer.optimizer.param_groups[0]["momentum"] *= 0.5
+        if comm.rank == 0 or not sharded_update:
+            trainer.model[4].weight.data *= 0.5
+        comm.barrier()
+        trainer.fit(dataset(), steps=20)
+        assert trainer.step >= 10
+        trainer.optimizer.param_groups[0]["momentum"] *= 0.5
+        trainer.fit(dataset(), steps=4)
+        trainer.fit(dataset(), steps=1)
+        return parameters(trainer)
+
+    def train(comm: dp.comm.Communicator, folder: Path, fails_at: int = 0, **options) -> bytes:
+        callbacks = [interrupt_at(fails_at), lambda r: r.step == 10]
+        options |= {"checkpoint_every": 3, "sharded_update": sharded_update}
+        trainer = make_trainer(comm, folder, callbacks=callbacks, **options)
+        try:
+            return program(trainer, comm)
+        finally:
+            trainer._checkpoints.wait()
+
+    def on_2_ranks(*args, **options) -> bytes:
+        results = run_threads(2, lambda comm: train(comm, *args, **options), share_memory=True)
+        assert results[0] == results[1]
+        return results[0]
+
+    whole = on_2_ranks(tmp_path / "whole")
+    with pytest.raises(Interruption):
+        on_2_ranks(tmp_path / "parts", fails_at=fails_at)
+    assert on_2_ranks(tmp_path / "parts", resume=True) == whole
+
+
 def test_calls_of_fit_that_return_at_once_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(SoloCommunicator(), tmp_path)
     for _ in range(3):
