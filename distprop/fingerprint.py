@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 
 from distprop.comm import Communicator
-from distprop.comm.base import allgather_for
+from distprop.comm.base import allgather_for, odd_ranks
 from distprop.metrics import forget_after
 from distprop.nn.module import Module
 from distprop.replicas import DivergenceError, checksum
@@ -88,7 +88,7 @@ class Fingerprints:
         self._write(hashes)
         self._comm.barrier()  # the first rank that raises ends the job, and rank 0 is to have written by then
         where = first_difference(Record(tuple(self._model.state_dict()), hashes))
-        culprits = tuple(rank for rank, row in enumerate(rows) if not np.array_equal(row, usual))
+        culprits = odd_ranks(dict(enumerate(of_all)))
         advice = f". {replay_advice(self._run_dir, where.step, where.rank)}" if where is not None else ""
         raise DivergenceError(f"the ranks no longer have the same parameters: {where}{advice}", culprits)
 

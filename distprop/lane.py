@@ -20,7 +20,9 @@ MESSAGE_NUMBERS = LANE_LENGTH - len(_FIXED)
 
 
 class ScheduleError(RuntimeError):
-    """The ranks are not at the same step."""
+    """The ranks are not at the same step; `culprits` are those that are elsewhere than most."""
+
+    culprits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,15 @@ def write_lane(
     lane[len(_FIXED) : len(_FIXED) + len(numbers)] = list(numbers.values())
 
 
-def read_lane(lane: Array, senders: int, names: Iterable[str], place: str) -> Received:
+def read_lane(lane: Array, senders: int, names: Iterable[str]) -> Received:
     """What the sum over `senders` lanes says.
 
-    `names` are those of the numbers in the order they were written in; `place` says where this rank is, for the error.
+    `names` are those of the numbers in the order they were written in.
 
     Raises:
         ScheduleError: the senders were not at the same reduction, or made different numbers of backward passes.
     """
     high, low, backwards, schedules, squares, bad, verify, *numbers = lane.tolist()
     if schedules**2 != squares * senders:
-        raise ScheduleError(
-            f"{place}, but another rank is not: do all ranks make the same number of steps and of no_sync() passes?"
-        )
+        raise ScheduleError("do all ranks make the same number of steps and of no_sync() passes, of the same models?")
     return Received(high * _SPLIT + low, backwards / senders, bad, verify, dict(zip(names, numbers, strict=False)))

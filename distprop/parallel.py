@@ -21,10 +21,10 @@ import numpy as np
 from distprop import random
 from distprop.buffer import FlatBuffer, fill_missing
 from distprop.comm import Communicator, recorder, world
-from distprop.comm.base import allgather_for
+from distprop.comm.base import allgather_for, allgather_json, odd_ranks
 from distprop.comm.recorder import here
 from distprop.fixed_tree import FixedTree
-from distprop.lane import MESSAGE_NUMBERS, read_lane, write_lane
+from distprop.lane import MESSAGE_NUMBERS, ScheduleError, read_lane, write_lane
 from distprop.message_sum import MessageSum
 from distprop.nn.module import IncompatibleKeys, Module
 from distprop.nn.norm import SyncBatchNorm
@@ -401,8 +401,10 @@ class DataParallel:
 
     def _finish(self, senders: int, bad: bool = False) -> None:
         """Turn the summed message into means."""
-        place = f"rank {self.comm.rank} is at reduction {self.reductions} after {self._backwards} backward passes"
-        received = read_lane(self._buffer.lane, senders, self._sending, place)
+        try:
+            received = read_lane(self._buffer.lane, senders, self._sending)
+        except ScheduleError as error:  # on all ranks
+            raise self._with_places(error) from None
         self.received = {"examples": received.examples, **received.numbers}
         scale = self.expected_examples * received.backwards / received.examples if received.examples else 0
         if scale != 1:
@@ -426,6 +428,17 @@ class DataParallel:
         if refused is not None:
             self._refuse_bad_gradients(refused)
         here.at(recorder.UPDATE)
+
+    def _with_places(self, error: ScheduleError) -> ScheduleError:
+        """`error`, completed by what each rank says. Collective."""
+        place = f"at reduction {self.reductions} after {self._backwards} backward pass{'es' * (self._backwards != 1)}"
+        places = allgather_json("the schedule of a reduction", self.comm, place)
+        said = "; ".join(f"rank {places.index(other)} is {other}" for other in dict.fromkeys(places))
+        if len(set(places)) == 1:  # ranks have added up the gradients of different models
+            said = f"all ranks are {place}, but not with the same gradients"
+        located = ScheduleError(f"{said}: {error}")
+        located.culprits = odd_ranks(dict(enumerate(places))) or tuple(range(self.comm.size))
+        return located
 
     def _refuse_bad_gradients(self, found: list[str]) -> None:
         """By the first bad parameter of each rank; if there is none, their sum is not finite."""

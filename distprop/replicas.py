@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from distprop.comm.base import Communicator, allgather_for, allgather_json
+from distprop.comm.base import Communicator, allgather_for, allgather_json, odd_ranks
 from distprop.nn.module import Module
 from distprop.tape import Array
 from distprop.tensor import Parameter
 
 
 class DivergenceError(RuntimeError):
-    """Parameters that should be equal on all ranks are not. `culprits` are the ranks that differ from most."""
+    """Parameters that should be equal on all ranks are not. `culprits` are the ranks that differ from most, or all."""
 
     def __init__(self, message: str, culprits: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -36,7 +36,8 @@ def compare_layout(module: Module, comm: Communicator) -> None:
             length = min(len(other), len(layouts[0]))
             at = next((i for i in range(length) if other[i] != layouts[0][i]), length)
             first, second = (entries[at] if at < len(entries) else "nothing" for entries in (layouts[0], other))
-            raise ValueError(f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}")
+            text = f"the ranks' models differ: rank 0 has {first} where rank {rank} has {second}"
+            raise _with_culprits(ValueError(text), layouts)
 
 
 def compare_settings(settings: Mapping[str, Any], comm: Communicator) -> None:
@@ -45,11 +46,13 @@ def compare_settings(settings: Mapping[str, Any], comm: Communicator) -> None:
     Raises:
         ValueError: they differ; names the first setting that does.
     """
-    first, *others = allgather_json("fit()", comm, {name: repr(value) for name, value in settings.items()})
+    every = allgather_json("fit()", comm, {name: repr(value) for name, value in settings.items()})
+    first, *others = every
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other[name] != value:
-                raise ValueError(f"the ranks differ in {name}: {value} on rank 0, {other[name]} on rank {rank}")
+                text = f"the ranks differ in {name}: {value} on rank 0, {other[name]} on rank {rank}"
+                raise _with_culprits(ValueError(text), every)
 
 
 def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicator, note: float) -> list[float]:
@@ -70,7 +73,7 @@ def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicat
             raise DivergenceError(
                 f"parameter {name} of shape {parameter.shape} differs between ranks: "
                 f"{_ranks(groups[0])} against {_ranks(groups[-1])}",
-                tuple(rank for group in groups[:-1] for rank in group),
+                odd_ranks({rank: int(of_rank[number]) for rank, of_rank in enumerate(every_sum)}),
             )
     return [float(np.frombuffer(message, np.float64, 1)[0]) for message in messages]
 
@@ -78,6 +81,12 @@ def compare_values(parameters: Sequence[tuple[str, Parameter]], comm: Communicat
 def checksum(array: Array) -> int:
     """CRC-32 of the bytes of `array`."""
     return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
+
+
+def _with_culprits(error: ValueError, of_all: Sequence[Any]) -> ValueError:
+    """Raised on all ranks, it says which of them have something else than most."""
+    error.culprits = odd_ranks({rank: str(value) for rank, value in enumerate(of_all)})  # type: ignore[attr-defined]
+    return error
 
 
 def _ranks(ranks: list[int]) -> str:

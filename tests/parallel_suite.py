@@ -806,8 +806,9 @@ def models_that_differ_between_ranks_are_refused_on_all(comm: Communicator) -> N
         (linear(3, 2), frozen, rf"weight \(2, 3\) float32 where rank {last} has weight \(2, 3\) float32 frozen"),
         (linear(3, 2), with_buffer, rf"rank 0 has nothing where rank {last} has seen \(3,\) float64 buffer"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             DataParallel(other if odd else usual, comm)
+        assert caught.value.culprits == ((last,) if comm.size > 2 else (0, 1))  # type: ignore[attr-defined]
     comm.barrier()
 
 
@@ -858,11 +859,14 @@ def equal_parameters_are_not_reported_whatever_is_in_them(comm: Communicator) ->
 def ranks_with_different_numbers_of_passes_are_told_so_on_all(comm: Communicator) -> None:
     """In the second round rank r makes r + 1 passes, so the middle one makes as many as the ranks do on average."""
     x, y = rows(2)
-    for passes in (2 if comm.rank == 0 else 1, comm.rank + 1):
+    everyone = tuple(range(comm.size))
+    for passes, of_rank_1, culprits in ((2 if comm.rank == 0 else 1, 1, (0,)), (comm.rank + 1, 2, everyone)):
         parallel = DataParallel(make_model(), comm)
         F.mse_loss(parallel(x), y).backward()
-        with pytest.raises(ScheduleError, match=r"same number of steps and of no_sync\(\) passes"):
+        with pytest.raises(ScheduleError, match=r"same number of steps and of no_sync\(\) passes") as caught:
             accumulate(parallel, x, y, [slice(None)] * passes, 1 / passes)
+        assert f"rank 1 is at reduction 1 after {of_rank_1} backward" in str(caught.value)
+        assert caught.value.culprits == (culprits if comm.size > 2 else everyone)  # of two nobody knows
     comm.barrier()
 
 

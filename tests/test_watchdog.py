@@ -117,13 +117,22 @@ def test_nobody_is_accused_of_another_call_before_most_ranks_agree() -> None:
     assert verdict.culprits == (1,)
 
 
-def test_of_two_ranks_that_disagree_one_is_accused_at_once() -> None:
-    """No third one will come and tell who is wrong."""
-    found = ranks(2, inside=(0,))
-    found[1].enter(b"barrier", 0)
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (2, "rank 0 called allreduce of 100 bytes, rank 1 called barrier, as collective 6; all ranks must"),
+        (4, "ranks 0, 2 called allreduce of 100 bytes, ranks 1, 3 called barrier, as collective 6; all ranks must"),
+    ],
+)
+def test_of_two_camps_of_one_size_that_disagree_both_are_named_at_once(size: int, said: str) -> None:
+    """No other rank will come and tell who is wrong."""
+    found = ranks(size, inside=tuple(range(0, size, 2)))
+    for rank in found[1::2]:
+        rank.enter(b"barrier", 0)
     verdict = judge(sightings(found, 3), 0)
     assert verdict is not None
-    assert verdict.culprits == (1,)
+    assert verdict.culprits == tuple(range(size))
+    assert verdict.reason.startswith(said)
 
 
 @pytest.mark.parametrize("operation", [b"allgather", b"alltoall"])

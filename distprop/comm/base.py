@@ -7,7 +7,8 @@ one they do nothing. Only numbers and bytes travel, never pickled objects.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -101,14 +102,19 @@ def _different_places(messages: Sequence[bytes]) -> CollectiveError:
     for rank, message in enumerate(messages):
         name, end, _ = message.partition(_END_OF_TAG)
         at.setdefault(name.decode(errors="replace") if end else "something else", []).append(rank)
-    *fewer, most = sorted(at.values(), key=len)
-    odd = fewer if len(fewer[-1]) < len(most) else at.values()  # of two camps of one size nobody knows
     places = "; ".join(f"rank{'s' * (len(at[name]) > 1)} {', '.join(map(str, at[name]))}: {name}" for name in at)
     return CollectiveError(
         f"the ranks are at different places ({places}); all ranks must make the same calls in the same order, also "
         "those of evaluate()",
-        sorted(rank for ranks in odd for rank in ranks),
+        odd_ranks({rank: name for name, ranks in at.items() for rank in ranks}),
     )
+
+
+def odd_ranks(values: Mapping[int, Hashable]) -> tuple[int, ...]:
+    """Of values by rank, the ranks whose value most do not have; all of them where two camps are of one size."""
+    counts = Counter(values.values()).most_common()
+    tied = len(counts) > 1 and counts[0][1] == counts[1][1]
+    return tuple(sorted(rank for rank, value in values.items() if tied or value != counts[0][0]))
 
 
 def check_root(root: int, size: int) -> None:

@@ -110,7 +110,8 @@ class Record:
             time.sleep(0.001)
         raise CollectiveError(
             f"{self.name(self.rank)} called {described(own_call)} as collective {self.sequence}, where "
-            f"{self.name(self.neighbour)} called {described(other_call)}; {SAME_CALLS}"
+            f"{self.name(self.neighbour)} called {described(other_call)}; {SAME_CALLS}",
+            sorted((self.rank, self.neighbour)),
         )
 
     def leave(self) -> None:

@@ -13,12 +13,12 @@ import os
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distprop.comm.recorder import END, SAME_CALLS, Record, Snapshot, comparable, described, read
+from distprop.comm.base import odd_ranks
+from distprop.comm.recorder import END, SAME_CALLS, Call, Record, Snapshot, comparable, described, read
 
 TIMEOUT_VARIABLE = "DISTPROP_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -238,16 +238,22 @@ def _disagreement(known: Sequence[Snapshot]) -> Verdict | None:
     for number in sorted({number for snapshot in known for number in snapshot.ring}):
         calls = {s.rank: comparable(s.ring[number]) for s in known if number in s.ring}
         if len(set(calls.values())) > 1:
-            (commonest, count), (_, next_count) = Counter(calls.values()).most_common(2)
-            if count == next_count and len(calls) < known[0].size:
+            odd = odd_ranks(calls)
+            camps: dict[Call, list[int]] = {}
+            for rank, call in calls.items():
+                camps.setdefault(call, []).append(rank)
+            if len(odd) < len(calls):
+                common = next(call for call, camp in camps.items() if camp[0] not in odd)
+                reason = (
+                    f"called {described(calls[odd[0]])} as collective {number}, where {_ranks(camps[common])} called "
+                    f"{described(common)}"
+                )
+            elif len(calls) < known[0].size:
                 return None  # ranks that come later will tell who is wrong
-            odd = tuple(rank for rank, call in calls.items() if call != commonest)
-            others = [rank for rank, call in calls.items() if call == commonest]
-            return Verdict(
-                odd,
-                f"called {described(calls[odd[0]])} as collective {number}, where {_ranks(others)} called "
-                f"{described(commonest)}; {SAME_CALLS}",
-            )
+            else:
+                said = [f"{_ranks(camp)} called {described(call)}" for call, camp in list(camps.items())[:8]]
+                reason = f"{', '.join(said)}, as collective {number}"
+            return Verdict(odd, f"{reason}; {SAME_CALLS}")
     return None
 
 
