@@ -128,8 +128,9 @@ def _await_reader(streams: tuple[int, int], seconds: float) -> None:
 
 def _end_job(status: int, patience_seconds: float) -> None:
     """End the other ranks; if MPI runs, only those that do not leave with a failure as well in the time given."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed by the script, or one of its own
+            stream.flush()
     _await_reader((1, 2), seconds=1)
     if "mpi4py.MPI" in sys.modules:
         from distprop.comm import mpi

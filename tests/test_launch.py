@@ -491,6 +491,34 @@ def test_ranks_at_the_end_of_the_script_wait_for_one_that_works_and_not_for_one_
     assert re.search(said, stopped.stderr), stopped.stderr
 
 
+TEE = """
+class Tee:
+    def __init__(self, *streams): self.streams = streams
+    def write(self, text): [stream.write(text) for stream in self.streams]
+"""
+STREAMS = {
+    "Tee(sys.stdout)": "Tee(sys.stderr)",  # it has no flush()
+    "open(os.devnull, 'w'); sys.stdout.close()": "sys.stdout",
+    "None": "None",
+    "open(os.devnull, 'w')": "sys.stdout",
+}
+
+
+@needs_mpi
+def test_the_report_is_on_standard_error_whatever_a_script_has_made_of_its_streams(jobs: Jobs) -> None:
+    sources = [
+        TEE
+        + WORLD
+        + f"sys.stdout = {out}; sys.stderr = {error}\nif comm.rank == 0: raise ValueError('boom')\ncomm.barrier()"
+        for out, error in STREAMS.items()
+    ]
+    for done in jobs.run_at_once(sources):
+        assert is_status(done, 1), done.stderr
+        assert f"rank 0 of 2 on {os.uname().nodename}, start: ValueError: boom; ending the job" in done.stderr, (
+            done.stderr
+        )
+
+
 @needs_mpi
 def test_ranks_that_all_exit_with_a_failure_are_not_killed(jobs: Jobs) -> None:
     source = WORLD + "comm.barrier()\ntime.sleep(0.5 * (comm.rank == 0))\nprint('saved by', comm.rank)\nsys.exit(3)"

@@ -190,8 +190,7 @@ class MPICommunicator:
 
     def abort(self, status: int = 1) -> NoReturn:
         """End every rank of the job."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         leave_sign()
         self._comm.Abort(status)
         os._exit(status)  # Abort does not return; this line is for type checkers and for MPI libraries with a bug
@@ -366,10 +365,23 @@ def _report(kind: Any, error: Any, trace: Any) -> None:
 
 
 def _write(text: str) -> None:
-    """In one write, so that the lines of several ranks do not mix."""
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """In one write, so that the lines of several ranks do not mix; also into the file that a script calls `sys.stderr`.
+
+    That may be closed by now, None, or an object that lacks a method, so standard error itself is written to first.
+    """
+    _flush()
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode(errors="replace"))
+    with contextlib.suppress(Exception):
+        if sys.stderr.fileno() != 2:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 _ABORT_SECONDS = 5.0
