@@ -39,14 +39,19 @@ def main() -> None:
         _run(sys.argv[1:])
     except SystemExit as leaving:
         status = _status(leaving)
-        if status:
+        if status and os.getpid() == process:
             _end_job(status, patience_seconds=5)
     except BaseException as error:
         error.__traceback__ = _trace_of_script(error)
         # After world() the hook is the one that names the rank and aborts the job; it does not return.
         sys.excepthook(type(error), error, error.__traceback__)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
-        _end_job(status, patience_seconds=0)
+        if os.getpid() == process:
+            _end_job(status, patience_seconds=0)
+    if os.getpid() != process and "mpi4py.MPI" in sys.modules:
+        from distprop.comm import mpi
+
+        mpi.leave_forked(status)
     if not status and not here.hosts and os.getpid() == process:  # after world() its watchdog says so
         here.at(END)
     sys.exit(status)

@@ -491,6 +491,31 @@ def test_ranks_at_the_end_of_the_script_wait_for_one_that_works_and_not_for_one_
     assert re.search(said, stopped.stderr), stopped.stderr
 
 
+FORKS = """
+def fork(leave):
+    pid = os.fork() if comm.rank == 1 else 0
+    if comm.rank == 1 and pid == 0: leave()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else None
+def boom(): raise ValueError("boom")
+"""
+
+
+@needs_mpi
+def test_a_child_that_a_rank_has_forked_leaves_without_the_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTPROP_TIMEOUT", "5")
+    leaves = {"lambda: sys.exit(0)": 0, "lambda: sys.exit(3)": 3, "boom": 1}
+    before = "\natexit.register(lambda: print('hook', flush=True))\n"
+    sources = [
+        f"import atexit\n{WORLD}{FORKS}{before}status = fork({leave})\ncomm.barrier()\nprint('left', status)"
+        for leave in leaves
+    ]
+    for status, done in zip(leaves.values(), jobs.run_at_once(sources), strict=True):
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.splitlines()) == ["hook"] * 3 + [f"left {status}", "left None"]
+        assert "ending the job" not in done.stderr
+        assert done.stderr.count("ValueError: boom") == (status == 1), done.stderr
+
+
 TEE = """
 class Tee:
     def __init__(self, *streams): self.streams = streams

@@ -234,16 +234,25 @@ def thread_level() -> str:
 
 
 def abort_on_exception(comm: MPICommunicator) -> None:
-    """From now on an uncaught exception, in any thread, prints its traceback and ends the whole job."""
+    """From now on an uncaught exception, in any thread, prints its traceback and ends the whole job.
+
+    Not in a process that this one has forked, which ends alone.
+    """
+    process = os.getpid()
 
     def main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() != process:
+            sys.__excepthook__(kind, error, trace)
+            leave_forked(130 if issubclass(kind, KeyboardInterrupt) else 1)
         if not issubclass(kind, KeyboardInterrupt):
             _let_others_speak(error)
         _report(kind, error, trace)
         comm.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def other_thread(args: threading.ExceptHookArgs) -> None:
-        if args.exc_type is not SystemExit:
+        if os.getpid() != process:
+            threading.__excepthook__(args)
+        elif args.exc_type is not SystemExit:
             _report(args.exc_type, args.exc_value, args.exc_traceback)
             comm.abort(1)
 
@@ -332,6 +341,14 @@ def leave(status: int, patience_seconds: float) -> bool:
             MPI.COMM_WORLD.Abort(status)
         time.sleep(0.01)
     return True
+
+
+def leave_forked(status: int) -> NoReturn:
+    """End a process that a rank has forked as Python would, but without MPI_Finalize, which is the rank's."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(status)
 
 
 def leave_sign() -> None:
