@@ -144,6 +144,7 @@ class DataParallel:
         self._place_parameters()
         self._pace = Pace()
         self.reductions = 0  # made so far; after a resume those before it count as well
+        self.verified_at = 0  # after so many reductions the parameters were compared
         self._broadcast()
         self._share_parameters()
         self.verify()
@@ -267,7 +268,7 @@ class DataParallel:
         parameters = [*reversed(self._buffer.parameters), *self._frozen]
         named = [(self._names[id(parameter)], parameter) for parameter in parameters]
         seconds = compare_values(named, self.comm, self._pace.own_seconds(self.reductions))
-        self._verify_due, self._verified = False, time.monotonic()
+        self._verify_due, self._verified, self.verified_at = False, time.monotonic(), self.reductions
         for line in self._pace.compare(seconds):
             self._say(line)
 

@@ -108,8 +108,8 @@ class Trainer:
         CheckpointError: every checkpoint to resume from is damaged.
         NonFiniteLossError: by `fit`, when the loss is NaN or infinite; names the step and the rank.
         NonFiniteGradientError: by `fit`, when a gradient is; names the rank and the parameter as well.
-        DivergenceError: by `fit`, when the ranks do not have the same parameters, and before a checkpoint is written of
-            them; names the first that differs.
+        DivergenceError: by `fit`, when the ranks do not have the same parameters, at its end at the latest, and before
+            a checkpoint is written of them; names the first that differs.
         StoppedError: by `fit`, on every rank at the same step, after SIGTERM or SIGUSR1 on any of them, Ctrl-C if there
             are checkpoints, or when DISTPROP_MAX_TIME is nearly over. A checkpoint has been written; as a `SystemExit`
             it ends the process with status 75. See docs/reliability.md.
@@ -265,6 +265,7 @@ class Trainer:
         if self._fits + 1 < self._fit_resumed + self._fit_ended:
             return self._pass_over()
         told = {"examples": len(dataset), "epochs": epochs, "steps": steps, "clip_norm": self.clip_norm}
+        told |= {"lr": self.optimizer.lr}
         compare_settings(told | self._identity(), self.comm)
         loader = Loader(
             dataset, batch_size=self.batch_size, comm=self.comm, seed=self.seed, shards=self.shards,
@@ -445,9 +446,10 @@ class Trainer:
         """Write a checkpoint while training goes on; the last one is waited for. Never of parameters that differ."""
         here.at(recorder.CHECKPOINT)
         self._fingerprints.flush()  # ranks that differ have nothing to save
+        if self.checkpoint_every or (final and self.parallel.verified_at != self.parallel.reductions):
+            self.parallel.verify()
         if not self.checkpoint_every:
             return
-        self.parallel.verify()
         self._metrics.flush()  # first: a resumed run keeps the lines up to its checkpoint
         state = {
             "epoch": self.epoch,

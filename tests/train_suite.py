@@ -520,6 +520,17 @@ def no_checkpoint_is_written_of_parameters_that_differ(comm: Communicator) -> No
 
 
 @suite.scenario(min_size=2)
+def parameters_that_differ_are_found_at_the_end_of_fit_at_the_latest(comm: Communicator) -> None:
+    model = make_model()
+    trainer = make_trainer(comm, model)
+    trainer.fit(classes(12), steps=2)
+    if comm.rank == comm.size - 1:
+        model[2].bias.data[1] += 1e-9
+    with pytest.raises(DivergenceError, match=r"parameter 2\.bias"):
+        trainer.fit(classes(12), steps=1)
+
+
+@suite.scenario(min_size=2)
 def several_ranks_whose_loss_is_not_finite_are_counted(comm: Communicator) -> None:
     model = make_model()
     trainer = make_trainer(comm, model, loss=F.mse_loss, batch_size=3 * comm.size)
@@ -550,6 +561,7 @@ def ranks_that_were_told_different_things_are_refused(comm: Communicator) -> Non
         ({"batch_size": 8 + odd}, {"epochs": 1}, 32, f"batch_size: 8 on rank 0, 9 on rank {comm.size - 1}"),
         ({}, {"epochs": 1 + odd}, 32, "epochs: 1 on rank 0, 2 on rank"),
         ({}, {"epochs": 1}, 32 - odd, "examples: 32 on rank 0, 31 on rank"),
+        ({"lr": 0.1 + odd}, {"epochs": 1}, 32, "lr: 0.1 on rank 0, 1.1 on rank"),
     ):
         trainer = make_trainer(comm, **options)
         with pytest.raises(ValueError, match=f"the ranks differ in {message}"):
