@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 from distprop.comm.base import Communicator, allgather_json
 
 if TYPE_CHECKING:
@@ -167,6 +169,14 @@ class StopRequest:
                 self.reason = OUT_OF_TIME
         save, self._save_now = self._save_now, False
         return float(bool(self.reason)), float(save)
+
+    def agree_at_the_end(self, comm: Communicator) -> None:
+        """A signal that came too late for the last step's gradients to tell counts on all ranks. Collective.
+
+        That the time is nearly over does not: there is no step left to stop before.
+        """
+        asked = self.reason not in ("", OUT_OF_TIME)
+        self.agreed |= bool(comm.allreduce(np.array([asked], np.float64))[0])
 
     def leave(self, comm: Communicator, step: int, newest: int | None, run_dir: Path | None) -> NoReturn:
         """End training after `step`; `newest` is the step of the last checkpoint in `run_dir`, if any. Collective."""

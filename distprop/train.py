@@ -312,6 +312,7 @@ class Trainer:
                 self._fit_ended = stopped
                 results.append(self._end_epoch(loader, validation, progress))
             self._save(final=True)
+            self._stop_request.agree_at_the_end(self.comm)
         here.at(recorder.AFTER_FIT)
         if self._stop_request.agreed:
             saved_in = self.run_dir if self.checkpoint_every else None

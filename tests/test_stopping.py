@@ -149,8 +149,41 @@ def test_other_threads_leave_signals_alone(tmp_path: Path) -> None:
     assert found == [signal.SIG_DFL]
 
 
-def test_a_request_at_the_very_end_changes_nothing(tmp_path: Path) -> None:
-    ask = at_step(6, lambda: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("at", [6, 7])  # told with the last step, or after it
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_at_the_very_end_is_obeyed_when_all_is_done(
+    number: signal.Signals, at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = at_step(at, lambda: signal.raise_signal(number))
+    trainer = make_trainer(SoloCommunicator(), tmp_path, callbacks=[ask])
+    with pytest.raises(stopping.StoppedError):
+        trainer.fit(dataset(), steps=7, validation=dataset())
+    assert f"distprop: {number.name}: stopped after step 7; its checkpoint is in {tmp_path}" in capsys.readouterr().err
+    resumed = make_trainer(SoloCommunicator(), tmp_path, resume=True)
+    assert resumed.fit(dataset(), steps=7, validation=dataset()) == []
+    assert any("validation_loss" in line for line in lines(tmp_path))
+
+
+def test_a_signal_to_one_rank_during_the_last_evaluation_stops_all(tmp_path: Path) -> None:
+    def train(comm: dp.comm.Communicator) -> None:
+        trainer = make_trainer(comm, tmp_path)
+        evaluate = trainer.evaluate
+
+        def asked(dataset: dp.data.Dataset) -> dict[str, float]:
+            if comm.rank == 1:
+                trainer._stop_request._note(signal.SIGTERM, None)
+            return evaluate(dataset)
+
+        trainer.evaluate = asked
+        with pytest.raises(stopping.StoppedError) as stopped:
+            trainer.fit(dataset(), epochs=1, validation=dataset())
+        assert stopped.value.message.startswith("SIGTERM on rank 1: stopped after step 7")
+
+    run_threads(2, train)
+
+
+def test_a_time_that_is_over_at_the_very_end_changes_nothing(tmp_path: Path) -> None:
+    ask = at_step(6, lambda: setattr(trainer._stop_request, "reason", stopping.OUT_OF_TIME))
     trainer = make_trainer(SoloCommunicator(), tmp_path, callbacks=[ask])
     assert len(trainer.fit(dataset(), steps=7)) == 1
 
