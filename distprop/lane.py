@@ -2,11 +2,13 @@
 
 The number of examples is split in two so that each part stays below 2^24, where float32 still counts in ones. The
 schedule, which says where a rank is, goes with its square: n Σs² = (Σs)² only if all n are equal, so every rank sees a
-difference, also one whose own number happens to be the mean.
+difference, also one whose own number happens to be the mean. It counts as far as the sum of the squares is exact in
+float32, and then again from 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from distprop.tape import Array
 
 _FIXED = ("examples_high", "examples_low", "backwards", "schedule", "schedule_squared", "bad", "verify")
 _SPLIT = 4096
-_SCHEDULES = 64  # the squares stay below 2^12, their sum exact up to 4096 senders
+_EXACT = 2**24  # up to here float32 counts in ones
 MESSAGE_NUMBERS = LANE_LENGTH - len(_FIXED)
 
 
@@ -41,13 +43,14 @@ def write_lane(
     examples: float,
     backwards: int,
     reductions: int,
+    senders: int,
     numbers: Mapping[str, float],
     *,
     bad: bool = False,
     verify: bool = False,
 ) -> None:
-    """Put one sender's numbers into `lane`, MESSAGE_NUMBERS `numbers` at most."""
-    schedule = (31 * reductions + backwards) % _SCHEDULES
+    """Put the numbers of one of `senders` into `lane`, MESSAGE_NUMBERS `numbers` at most."""
+    schedule = (31 * reductions + backwards) % math.isqrt(_EXACT // senders)
     lane[:] = 0
     lane[: len(_FIXED)] = *divmod(examples, _SPLIT), backwards, schedule, schedule**2, bad, verify
     lane[len(_FIXED) : len(_FIXED) + len(numbers)] = list(numbers.values())

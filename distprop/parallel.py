@@ -395,7 +395,8 @@ class DataParallel:
         self._divisor = None
         bad = self._sum.look()
         verify = bool(self.verify_every) and time.monotonic() - self._verified > VERIFY_SECONDS
-        numbers = self._examples, self._backwards, self.reductions, self._sending
+        senders = self.comm.size if self.shards is None else self.shards
+        numbers = self._examples, self._backwards, self.reductions, senders, self._sending
         write_lane(self._buffer.lane, *numbers, bad=bad, verify=verify)
         if self._extra is not None:
             self._extra.before_sum(self._buffer.extra[self._statistics.size :])

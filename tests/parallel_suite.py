@@ -860,7 +860,11 @@ def ranks_with_different_numbers_of_passes_are_told_so_on_all(comm: Communicator
     """In the second round rank r makes r + 1 passes, so the middle one makes as many as the ranks do on average."""
     x, y = rows(2)
     everyone = tuple(range(comm.size))
-    for passes, of_rank_1, culprits in ((2 if comm.rank == 0 else 1, 1, (0,)), (comm.rank + 1, 2, everyone)):
+    for passes, of_rank_1, culprits in (
+        (2 if comm.rank == 0 else 1, 1, (0,)),
+        (comm.rank + 1, 2, everyone),
+        (65 if comm.rank == 0 else 1, 1, (0,)),
+    ):
         parallel = DataParallel(make_model(), comm)
         F.mse_loss(parallel(x), y).backward()
         with pytest.raises(ScheduleError, match=r"same number of steps and of no_sync\(\) passes") as caught:
