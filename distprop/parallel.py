@@ -219,6 +219,14 @@ class DataParallel:
         """Forget all gradients; the next backward pass overwrites them. With `set_to_none` False they become zeros."""
         clear_gradients(self._trained, set_to_none)
 
+    def begin_step(self) -> None:
+        """`zero_grad()`, and forget all else that a step which raised may have left, such as changes of statistics."""
+        self.zero_grad()
+        if self._tree is not None:
+            self._tree.clear()
+        self._buffer.extra[:] = 0
+        self._examples, self._backwards, self._kept, self._divisor = 0.0, 0, None, None
+
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
 
@@ -344,14 +352,6 @@ class DataParallel:
     def _untouched(self) -> bool:
         """Whether no gradient has come since `zero_grad()`, or ever."""
         return not any(parameter.has_grad and not parameter.zeroed for parameter in self._trained)
-
-    def begin_shards(self) -> None:
-        """With `shards`: a new global batch begins; nothing counts that a step has left which raised."""
-        if self._tree is None:
-            raise RuntimeError("begin_shards() is for DataParallel(..., shards=n)")
-        self._tree.clear()
-        self._buffer.extra[:] = 0
-        self._examples, self._backwards, self._kept = 0.0, 0, None
 
     def end_shard(self) -> None:
         """With `shards`: the backward passes since the last call were those of this rank's next shard."""

@@ -83,7 +83,7 @@ class Update:
             NonFiniteLossError, NonFiniteGradientError: on every rank, and nothing has been updated.
         """
         self._bad = False
-        self.parallel.zero_grad()  # also those that are not the optimizer's: they are clipped together
+        self.parallel.begin_step()  # zeroes also gradients that are not the optimizer's: they are clipped together
         try:
             with self._health.looking(number):
                 if self.shards is None:
@@ -109,7 +109,6 @@ class Update:
         run = share(shards, comm.rank, comm.size)
         mine = [share(rows, number, shards) for number in range(run.start, run.stop)]
         wishes = None
-        self.parallel.begin_shards()
         if comm.size > shards:  # a rank without a shard sends nothing that its wishes could travel with
             wishes = comm.allreduce(np.array(self._wishes(), np.float64))
         for shard in mine:

@@ -104,8 +104,6 @@ def test_layers_whose_statistics_are_those_of_the_ranks_are_refused() -> None:
 def test_a_shard_outside_its_mode_is_an_error() -> None:
     parallel = dp.DataParallel(nn.Linear(2, 1))
     with pytest.raises(RuntimeError, match="shards=n"):
-        parallel.begin_shards()
-    with pytest.raises(RuntimeError, match="shards=n"):
         parallel.end_shard()
     with pytest.raises(RuntimeError, match="shards=n"):
         parallel.reduce_shards()

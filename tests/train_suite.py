@@ -461,7 +461,7 @@ def large_gradients_whose_squares_are_infinite_are_finite(comm: Communicator) ->
 def training_goes_on_after_a_step_that_was_interrupted(comm: Communicator) -> None:
     """In a notebook, by the stop button; nothing of the half step is left, in statistics neither."""
 
-    def train(fails_at: int) -> dict[str, bytes]:
+    def train(fails_at: int, **options) -> dict[str, bytes]:
         model = nn.Sequential(make_model(), nn.BatchNorm1d(3).double())
         calls = 0
 
@@ -472,16 +472,17 @@ def training_goes_on_after_a_step_that_was_interrupted(comm: Communicator) -> No
                 raise KeyboardInterrupt
             return F.cross_entropy(output, target)
 
-        trainer = make_trainer(
-            comm, model, loss=loss, batch_size=4 * comm.size, deterministic=True, shards=2 * comm.size
-        )
+        trainer = make_trainer(comm, model, loss=loss, batch_size=4 * comm.size, **options)
         if fails_at:
             with pytest.raises(KeyboardInterrupt):
                 trainer.fit(classes(40), steps=3)
         trainer.fit(classes(40), steps=3 - trainer.step)
         return bits(model)
 
-    assert train(fails_at=4) == train(fails_at=0)  # the second of this rank's shards in the second step
+    for options in ({"deterministic": True, "shards": 2 * comm.size}, {"accumulate": 2}):
+        expected = train(0, **options)
+        for fails_at in (3, 4):  # one of this rank's two passes in the second step
+            assert train(fails_at, **options) == expected
 
 
 @suite.scenario(min_size=2)
