@@ -199,7 +199,7 @@ def test_ranks_at_different_reductions_or_passes_are_told_so(places):
     total = np.zeros(LANE_LENGTH, np.float32)
     for reductions, backwards in places:
         lane = np.zeros_like(total)
-        write_lane(lane, 2, backwards, reductions, {})
+        write_lane(lane, 2, backwards, reductions, len(places), {})
         total += lane
     with pytest.raises(ScheduleError, match="do all ranks make the same number of steps"):
         read_lane(total, len(places), [])
