@@ -560,15 +560,16 @@ KILLED = "if rank == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)\n"
 
 
 @needs_mpi
-@pytest.mark.parametrize("source", [KILLED + WORLD, WORLD + "comm.barrier()\n" + KILLED], ids=["before", "after"])
-def test_what_a_killed_rank_has_started_does_not_keep_the_job(source: str, jobs: Jobs) -> None:
-    """It holds the launcher's pipes open, for whose end launchers wait."""
+def test_what_a_killed_rank_has_started_does_not_keep_the_job(jobs: Jobs) -> None:
+    """It holds the launcher's pipes open, for whose end launchers wait. Killed before world(), and after it."""
+    sources = [KILLED + WORLD, WORLD + "comm.barrier()\n" + KILLED]
     begin = time.monotonic()
-    done = jobs.run(2, CHILD + RANK_NUMBER + source + "comm.barrier()", "60")
+    before, after = jobs.run_at_once([CHILD + RANK_NUMBER + source + "comm.barrier()" for source in sources], "60")
     assert time.monotonic() - begin < 20
-    assert is_status(done, 137), done.stderr
+    for done in (before, after):
+        assert is_status(done, 137), done.stderr
     assert not jobs.left()
-    assert source.startswith(KILLED) or "rank 1 of 2 on " in done.stderr, done.stderr
+    assert "rank 1 of 2 on " in after.stderr, after.stderr
 
 
 @needs_mpi
@@ -688,16 +689,18 @@ def test_ranks_wait_for_one_that_does_not_start_mpi_until_the_limit(jobs: Jobs) 
 
 
 @needs_mpi
-@pytest.mark.parametrize("leaves", ["sys.exit(0)", "os._exit(0)"])
-def test_a_rank_that_ends_without_calling_world_is_named(leaves: str, jobs: Jobs) -> None:
+def test_a_rank_that_ends_without_calling_world_is_named(jobs: Jobs) -> None:
+    leaves = {"sys.exit(0)": "end", "os._exit(0)": "start"}
     begin = time.monotonic()
-    done = jobs.run(2, BEFORE_WORLD + leaves + "\ntime.sleep(1)\n" + WORLD)  # earlier than the other joins
+    rest = "\ntime.sleep(1)\n" + WORLD  # so it is earlier than the other joins
+    done_jobs = jobs.run_at_once([BEFORE_WORLD + leave + rest for leave in leaves])
     assert time.monotonic() - begin < 20
-    assert is_status(done, 1)
-    reports = re.findall(r"^distprop: (.*); ending the job$", done.stderr, re.M)
-    where = rf"rank 1 of 2 on {re.escape(os.uname().nodename)}, {'end' if 'sys' in leaves else 'start'}: "
-    assert len(reports) == 1, done.stderr
-    assert re.fullmatch(where + r"has ended without calling world\(\), in which rank 0 waits for it", reports[0])
+    for phase, done in zip(leaves.values(), done_jobs, strict=True):
+        assert is_status(done, 1)
+        reports = re.findall(r"^distprop: (.*); ending the job$", done.stderr, re.M)
+        where = rf"rank 1 of 2 on {re.escape(os.uname().nodename)}, {phase}: "
+        assert len(reports) == 1, done.stderr
+        assert re.fullmatch(where + r"has ended without calling world\(\), in which rank 0 waits for it", reports[0])
 
 
 @needs_mpi
