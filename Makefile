@@ -36,9 +36,9 @@ parallel: $(VENV)/.dev-installed
 	$(BIN)/python tests/mpirun.py 1 2 3 4 5 8
 
 # On several hosts, which are containers, and on a Slurm of two nodes or more, under Open MPI 5 and MPICH 5; each is
-# skipped where there is no Docker with Compose, or no Slurm
+# skipped where there is no Docker with Compose, or no Slurm. Three at once, since they mostly wait
 cluster: $(VENV)/.dev-installed .venv-mpich5/.test-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not timing" tests/cluster
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not timing" tests/cluster
 
 # The figures of the literature that take long, for which $DISTPROP_DATA has MNIST and tiny Shakespeare: two hours or so
 published: $(VENV)/.dev-installed
