@@ -225,7 +225,7 @@ class DataParallel:
         if self._tree is not None:
             self._tree.clear()
         self._buffer.extra[:] = 0
-        self._examples, self._backwards, self._kept, self._divisor = 0.0, 0, None, None
+        self._forget_passes()
 
     def backward(self, loss: Tensor, *, examples: float) -> None:
         """`loss.backward()` for a loss that is the mean over `examples` things, be they rows, tokens or weights.
@@ -333,8 +333,10 @@ class DataParallel:
     def _forget_zeroed(self) -> None:
         """`zero_grad()` may have thrown away what the passes since the last message have left."""
         if self._backwards and self._untouched():
-            self._examples, self._backwards, self._kept = 0.0, 0, None
-            self._divisor = None
+            self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        self._examples, self._backwards, self._kept, self._divisor = 0.0, 0, None, None
 
     def _end(self, examples: float) -> None:
         if not self._walking:  # two forward passes went into one backward pass; it counts once
